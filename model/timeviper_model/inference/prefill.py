@@ -31,7 +31,7 @@ from timeviper_model.timeviper import TimeViper
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefixEntry:
-    """Read-only state after a prompt's system and vision tokens, before the first site that selects by attention."""
+    """Read-only state after a prompt's system and vision tokens, before the first site that needs the instruction."""
 
     num_tokens: int
     slot: SavedSlot

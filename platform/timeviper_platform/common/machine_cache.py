@@ -24,7 +24,7 @@ MAX_UNUSED_SECONDS = 7 * 24 * 3600.0
 """Seconds after which an unused file is deleted."""
 
 FREE_SPACE_MARGIN = 1.02
-"""Free bytes that a write needs, over its size."""
+"""Free bytes needed per byte to write."""
 
 CONFIG_FILES = ("config.json",)
 """Files of a weights folder that state the model's sizes."""

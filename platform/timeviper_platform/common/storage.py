@@ -188,7 +188,7 @@ def retrying(action: Callable[[], T], uri: str, *, first_wait_s: float | None = 
 
     Raises:
         StorageUnavailableError: after the last attempt.
-        PermissionError: for missing, refused or expired credentials, with the way out.
+        PermissionError: for missing, refused or expired credentials, with advice.
     """
     shown = shown_uri(uri)
     if first_wait_s is None:
@@ -243,7 +243,7 @@ def _read_credentials_again(uri: str) -> bool:
 
 
 def _raise_with_advice(error: Exception, uri: str) -> NoReturn:
-    """Raises `error`, or if credentials are its cause, a PermissionError with the way out."""
+    """Raises `error`, or if credentials are its cause, a PermissionError with advice."""
     is_explained = _CREDENTIALS_ADVICE in str(error) or is_local(uri)
     if is_explained or _scheme(uri).lower() in ("http", "https") or not _is_refused(error):
         raise error

@@ -89,7 +89,7 @@ class EvaluateConfig:
     """Maximum questions per task, or of the benchmark; null = all."""
     answering: AnsweringConfig = field(default_factory=AnsweringConfig)
     judge: JudgeConfig | None = None
-    """Judge of captions, asked by `--judge` after the evaluation."""
+    """Judge of captions, called by `--judge` after the evaluation."""
     workers: EvalWorkersConfig = field(default_factory=EvalWorkersConfig)
 
     def __post_init__(self) -> None:

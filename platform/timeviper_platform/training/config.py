@@ -35,7 +35,7 @@ class InitConfig:
     seed: int = 0
     backbone: str | None = None
     """Hugging Face name or URI of a Nemotron-H or Qwen2 language model. Its config.json gives the sizes; a preset
-    then adds vision and TransV alone."""
+    then adds only vision and TransV."""
     revision: str | None = None
     """Commit, tag or branch of the `backbone`'s Hugging Face name; None = its main branch."""
     chat_template: Literal["paper", "tokenizer"] | None = None
@@ -50,7 +50,7 @@ class InitConfig:
         if self.weights is not None and self.backbone is not None:
             raise ValueError("init.weights brings its own backbone; remove init.backbone")
         if self.revision is not None and self.backbone is None:
-            raise ValueError(f"{self.revision = } is of init.backbone, which is not given")
+            raise ValueError(f"init.revision {self.revision!r} needs init.backbone, which is not given")
 
     def model_config(self) -> TimeViperConfig:
         """Reads the backbone's config.json if there is one.

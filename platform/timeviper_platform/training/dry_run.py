@@ -90,7 +90,7 @@ class PhaseFacts:
     """Operations of these steps; full packs of text when samples are unknown."""
     sources: list[SourceShare]
     expected: ExpectedEpoch | None
-    """Epoch of the unplanned sources; None without any or when unknown."""
+    """Epoch of the unplanned sources; None if there are none, or one lacks `expected`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,10 +306,10 @@ def _plan_lines(phase: PhaseFacts, config: TrainConfig) -> list[str]:
         f"  samples: {plan.num_samples:,} usable, rejects {plan.rejects or 'none'}"
         + (", of the sources that exist" if any(source.is_absent for source in phase.sources) else ""),
         *lines,
-        f"  plan: {plan.num_packs:,} packs an epoch, fill {plan.fill:.2%} of {own.packing.max_tokens:,} tokens,"
+        f"  plan: {plan.num_packs:,} packs per epoch, fill {plan.fill:.2%} of {own.packing.max_tokens:,} tokens,"
         f" {plan.num_steps:,} steps of {own.packs_per_step} packs,"
         f" {plan.num_dummies_per_step} of a step's micro-steps are dummies",
-        f"  tokens of an epoch: {plan.text_tokens:,} text; vision before and after each TransV site {vision}",
+        f"  tokens per epoch: {plan.text_tokens:,} text; vision before and after each TransV site {vision}",
     ]
 
 
@@ -363,5 +363,5 @@ def _node_lines(node: NodeNeeds, config: TrainConfig) -> list[str]:
         f"  a node of {node.num_ranks} ranks in GB: host memory {gb(node.host)} (start {gb(node.host_start)}, save"
         f" {gb(node.host_save)}, loader {gb(node.host_caches)}{optimizer}){disk}",
         f"  a checkpoint: {gb(node.checkpoint)} GB, {gb(num_kept * node.checkpoint)} for keep + 1; a save or resume"
-        f" moves {gb(node.traffic)} GB a node, {node.seconds:.1f} s at {STORAGE_BYTES_PER_S / 1e9:g} GB/s",
+        f" moves {gb(node.traffic)} GB per node, {node.seconds:.1f} s at {STORAGE_BYTES_PER_S / 1e9:g} GB/s",
     ]

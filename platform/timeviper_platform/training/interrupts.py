@@ -17,7 +17,7 @@ class FatalTrainingError(RuntimeError):
 
 
 class StoppedError(RuntimeError):
-    """Training stopped on request, with a committed checkpoint."""
+    """Training stopped on request."""
 
 
 class Interrupt(IntEnum):

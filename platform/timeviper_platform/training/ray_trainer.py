@@ -58,7 +58,7 @@ def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]
     Raises:
         ValueError: if the configuration is wrong, no node can hold a worker, or the run would get two histories.
         LeaseHeldError: if another job trains in the same run folder.
-        StoppedError: after SIGTERM, once the workers have saved.
+        StoppedError: after SIGTERM, once the workers have saved or if none runs.
         RuntimeError: if a node does not see the run's storage, or the run fails for good.
     """
     check_trackers(config.metrics.mlflow, config.metrics.wandb)

@@ -72,5 +72,5 @@ def test_a_chat_template_is_chosen_for_the_family(tmp_path: Path) -> None:
 def test_an_init_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="init needs weights, a preset or a backbone"):
         InitConfig()
-    with pytest.raises(ValueError, match=r"is of init\.backbone, which is not given"):
+    with pytest.raises(ValueError, match=r"needs init\.backbone, which is not given"):
         InitConfig(preset="tiny", revision="main")

@@ -8,7 +8,7 @@ from typing import IO
 
 HEAD_BYTES = 4096
 MAX_BOXES = 1000
-"""Maximum top-level boxes of an MP4 to look at."""
+"""Maximum top-level boxes read from an MP4."""
 
 _PREFIXES = (
     (
@@ -51,7 +51,7 @@ _BOXES = _SEGMENT_BOXES | {b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip",
 
 
 def describe_content(file: IO[bytes]) -> str | None:
-    """Returns what the file holds and what to do, beginning with "a ..."; None if it is not recognised.
+    """Returns what the file holds and what to do; None if it is not recognised.
 
     Never repeats the content, which may be secret.
     """

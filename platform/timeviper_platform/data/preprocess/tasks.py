@@ -1,4 +1,4 @@
-"""The two values that cross Ray."""
+"""Tasks and their results, which Ray passes between processes."""
 
 from __future__ import annotations
 

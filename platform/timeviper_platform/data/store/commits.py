@@ -68,7 +68,7 @@ class CommitLog:
         return storage.exists(storage.join_uri(self.uri, DATA_FOLDER, name))
 
     def lost(self) -> Iterator[str]:
-        """Names of records whose data file a later run removed."""
+        """Names of records without a data file."""
         for name in _only_in_first(self.names(), self.data_files()):
             if not self.has_data_file(name):  # written during the listing
                 yield name

@@ -134,7 +134,7 @@ def _sources(commits: CommitLog, folder: Path) -> list[_Source]:
 
 
 def _live_rows(commits: CommitLog, with_rows: Sequence[str], folder: Path) -> Iterator[pa.Table]:
-    """Returns the index's rows or, if it is outdated, the best row of each segment."""
+    """Yields the index's rows or, if it is outdated, the best row of each segment."""
     if read_files_digest(commits.uri) == files_digest(with_rows):
         yield from index_tables(commits.uri, _LIVE.names)
         return
@@ -159,7 +159,7 @@ def _locations(rows: pa.Table) -> np.ndarray:
 
 
 def _groups(sources: Sequence[_Source], file_bytes: int) -> list[list[_Source]]:
-    """Yields groups of small files to merge, and single files with rows to drop."""
+    """Returns groups of small files to merge, and single small files with rows to drop."""
     groups: list[list[_Source]] = [[]]
     num_bytes = 0
     for source in sources:

@@ -28,7 +28,7 @@ from timeviper_platform.data.store.layout import DATA_FOLDER, REJECTS_FILE, read
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSummary:
     media: Outcomes
-    """media that were decoded"""
+    """indexed media, without those that planning rejected"""
     segments: Outcomes
     """segments of the current versions"""
     segments_superseded: int

@@ -53,7 +53,7 @@ from timeviper_platform.serving.tracing import AnswerSpans
 logger = logging.getLogger(__name__)
 
 DELTA_MS = 10.0
-"""Milliseconds between deltas of all streams of a replica. A delta cost 4 ms of CPU in engine, gateway and proxy."""
+"""Milliseconds between deltas of all streams of a replica. A delta costs 4 ms of CPU in engine, gateway and proxy."""
 MAX_COALESCE_MS = 250.0
 
 

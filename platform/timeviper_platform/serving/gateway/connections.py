@@ -135,7 +135,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._last_data = self.loop.time()
-        if self.cycle.response_complete and self.cycle.more_body:  # not a next request, already on its way
+        if self.cycle.response_complete and self.cycle.more_body:  # else it is the next request's
             self._unset_keepalive_if_required()
             self._end_unread(self.cycle, self.loop.time() + LINGER_MAX_S)
 

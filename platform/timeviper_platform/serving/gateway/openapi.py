@@ -220,7 +220,7 @@ class Ready(BaseModel):
 _ERRORS = {
     400: "Invalid request; `param` names the field.",
     401: "No valid API key.",
-    403: "The client, page or name may not use this server.",
+    403: "The client, web page or host name may not use this server.",
     404: "Unknown model, file, stored medium or path.",
     408: "The body arrived too slowly, or the answer took too long.",
     413: "The body is too large.",

@@ -1,7 +1,8 @@
 """Files of a committed checkpoint on this machine, checked against COMMIT while they are fetched.
 
-On resuming, every file is fetched once per machine, and only files that its ranks read: the shared model states, and
-each rank's own shards and generators. A damaged checkpoint is replaced by the next older one.
+On resuming, a machine fetches each file that its ranks read once: model states, the ranks' random generators and their
+shards, or all shards where the number of ranks, ZeRO stage or dtype has changed. A damaged checkpoint is replaced by
+the next older one.
 """
 
 from __future__ import annotations

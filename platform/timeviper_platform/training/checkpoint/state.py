@@ -17,7 +17,7 @@ STATE_VERSION = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """Settings that must stay equal within a phase, except that it may be lengthened."""
+    """Settings that must stay equal within a phase; only its length may grow."""
 
     packs_per_step: int
     num_steps: int
@@ -25,7 +25,7 @@ class StepPlan:
     schedule: ScheduleConfig
 
     def differences(self, now: StepPlan) -> list[str]:
-        """Returns `name before -> now` for each changed setting but a longer phase."""
+        """Returns `name before -> now` for each change, apart from a longer phase."""
         before, after = _flat(self), _flat(now)
         changed = [name for name in before if before[name] != after[name]]
         return [f"{name} {before[name]} -> {after[name]}" for name in changed if not _is_longer(before, after, name)]
@@ -89,8 +89,8 @@ class TrainState:
             )
         if differences := self.step_plan.differences(now.step_plan):
             raise ValueError(
-                f"{source} was training phase {self.phase} with other steps ({', '.join(differences)}): a phase may be"
-                " lengthened, but not change otherwise; restore them, or start a new run from exported weights"
+                f"{source} was training phase {self.phase} with other steps ({', '.join(differences)}): a phase"
+                " may only become longer; restore them, or start a new run from exported weights"
             )
         if now.step_plan.num_steps > self.step_plan.num_steps:
             logger.info(

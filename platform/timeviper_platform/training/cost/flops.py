@@ -1,4 +1,4 @@
-"""Counts floating-point operations without recomputation (MFU), norms, projector and TransV layers."""
+"""Counts floating-point operations as MFU does (no recomputation); leaves out norms, projector and TransV layers."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def content_response(
     try:
         found = parse_range(request.headers.get("range") if wants_range else None, size)
     except UnsatisfiableRangeError:
-        error = ApiError(416, f"the file has {size} bytes; ask for a range inside", code="invalid_range", param="Range")
+        error = ApiError(416, f"the file has {size} bytes; name a range inside", code="invalid_range", param="Range")
         return JSONResponse(error.body(), 416, {"Content-Range": f"bytes */{size}"})
     start, stop = found or (0, size)
     headers["Content-Length"] = str(stop - start)
