@@ -95,14 +95,9 @@ class MeasureOnAllRanks:
         self, rows: SampleRows, builder: SampleBuilder, *, max_tokens: int, max_frames: int | None
     ) -> SampleTable:
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        file = ""
-        cached: list[SampleTable | None] = [None]
-        if rank == 0:
-            file = storage.join_uri(self._folder, f"{_key(rows, builder, max_tokens, max_frames)}.npz")
-            cached = [_read(file, rows)]
-        dist.broadcast_object_list(cached)
-        if cached[0] is not None:
-            return cached[0]
+        file, cached = from_rank_0(lambda: self._cached(rows, builder, max_tokens, max_frames))
+        if cached is not None:
+            return cached
         shard = measure_blocks(rows, builder, max_tokens, max_frames, rank=rank, world_size=world_size)
         shards = [shard] * world_size
         dist.all_gather_object(shards, shard)
@@ -112,6 +107,12 @@ class MeasureOnAllRanks:
         if rank == 0:
             _write(file, table)
         return table
+
+    def _cached(
+        self, rows: SampleRows, builder: SampleBuilder, max_tokens: int, max_frames: int | None
+    ) -> tuple[str, SampleTable | None]:
+        file = storage.join_uri(self._folder, f"{_key(rows, builder, max_tokens, max_frames)}.npz")
+        return file, _read(file, rows)
 
 
 def count_rejects(rejects: Sequence[Reject]) -> dict[str, int]:
@@ -215,28 +216,31 @@ def _key(rows: SampleRows, builder: SampleBuilder, max_tokens: int, max_frames: 
 def _write(file: str, table: SampleTable) -> None:
     columns = [table.row_indices, table.num_tokens, table.num_vision_tokens, table.num_frames, table.num_targets]
     rejects = json.dumps([reject._asdict() for reject in table.rejects]).encode()
-    storage.write_atomic(
-        file,
-        lambda target: np.savez(
-            target,
-            usable=np.stack(columns, 1),
-            fingerprint=np.frombuffer(table.fingerprint.encode(), np.uint8),
-            rejects=np.frombuffer(rejects, np.uint8),
-        ),
-    )
+    try:
+        storage.write_atomic(
+            file,
+            lambda target: np.savez(
+                target,
+                usable=np.stack(columns, 1),
+                fingerprint=np.frombuffer(table.fingerprint.encode(), np.uint8),
+                rejects=np.frombuffer(rejects, np.uint8),
+            ),
+        )
+    except (RuntimeError, OSError) as error:  # the next run measures again
+        logger.warning("the sizes of the samples are not cached: %s", error)
+        return
     logger.info("cached the sizes of %d samples in %s", len(table), file)
 
 
 def _read(file: str, rows: SampleRows) -> SampleTable | None:
-    if not storage.exists(file):
-        return None
-    filesystem, path = storage.split_uri(file)
     try:
-        with filesystem.open(path, "rb") as source, np.load(source, allow_pickle=False) as arrays:
+        if not storage.exists(file):
+            return None
+        with storage.open_file(file) as source, np.load(source, allow_pickle=False) as arrays:
             usable = arrays["usable"]
             fingerprint, rejects = arrays["fingerprint"].tobytes(), arrays["rejects"].tobytes()
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
-        logger.warning("%s is damaged (%s); measuring the samples again", file, error)
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
+        logger.warning("%s cannot be read (%s); measuring the samples again", file, error)
         return None
     logger.info("read the sizes of %d samples from %s", len(usable), file)
     return _table(rows, usable, fingerprint.decode(), [Reject(**values) for values in json.loads(rejects)])

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from reference.hiccups import HiccupFileSystem
 from reference.training_corpus import ANSWERS, QUESTIONS, Corpus, make_corpus, sample_row, write_samples
 from timeviper_model.weights.weights_folder import load_tokenizer
+from timeviper_platform.common import storage
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.synthetic.tokenizer import train_tokenizer
 from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
@@ -69,6 +71,22 @@ def test_a_table_is_measured_once_and_then_read_from_the_cache(
     monkeypatch.setattr(SampleBuilder, "build", None)  # building would fail
     assert_same(measure(rows_of(corpus), builder_of(corpus), max_tokens=MAX_TOKENS, max_frames=None), alone)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_cache_that_cannot_be_written_or_read_ends_no_run(
+    corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is shared by all runs, and may belong to another user."""
+    monkeypatch.setenv(storage.FIRST_WAIT_VARIABLE, "0")
+    rows, builder = rows_of(corpus), builder_of(corpus)
+    alone = measure_samples(rows, builder, max_tokens=MAX_TOKENS, max_frames=None)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(HiccupFileSystem, "broken", {"tables"})
+    for folder in (f"{tmp_path}/file/tables", f"hiccup://{tmp_path}/tables"):
+        measure = MeasureOnAllRanks(folder)
+        assert_same(measure(rows, builder, max_tokens=MAX_TOKENS, max_frames=None), alone)
+    assert caplog.text.count("the sizes of the samples are not cached: cannot write ") == 2
 
 
 @pytest.mark.usefixtures("group_of_one")
