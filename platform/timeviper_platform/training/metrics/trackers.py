@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from timeviper_platform.common.storage import shown_text
+
+logger = logging.getLogger(__name__)
+
 STEP = "global_step"
 """x axis of all W&B charts."""
+
+MIN_PAUSE_S = 30.0
+"""Minimum seconds between two attempts to reach a tracker that fails."""
+
+MAX_STALL_SHARE = 0.02
+"""Maximum share of the time that a failing tracker may take."""
 
 
 class Tracker(Protocol):
@@ -66,6 +78,45 @@ class WandbTracker:
 
     def close(self) -> None:
         self._run.finish()
+
+
+class TolerantTracker:
+    """A tracker whose errors are logged: its server may restart while a run of days goes on.
+
+    Steps that it misses are in the run's own metrics.
+    """
+
+    def __init__(self, tracker: Tracker, *, min_pause_s: float = MIN_PAUSE_S) -> None:
+        self._tracker, self._min_pause_s = tracker, min_pause_s
+        self._name = type(tracker).__name__.strip("_")
+        self._num_missed = 0
+        self._next_try = 0.0
+
+    def log(self, scalars: Mapping[str, float], global_step: int) -> None:
+        started = time.monotonic()
+        if started < self._next_try:
+            self._num_missed += 1
+            return
+        try:
+            self._tracker.log(scalars, global_step)
+        except Exception as error:  # noqa: BLE001 - libraries share no base class
+            now = time.monotonic()
+            self._next_try = now + max(self._min_pause_s, (now - started) / MAX_STALL_SHARE)
+            self._num_missed += 1
+            logger.warning(
+                "%s: step %d is not recorded, training goes on; next attempt in %.0f s: %s",
+                *(self._name, global_step, self._next_try - now, shown_text(str(error)) or type(error).__name__),
+            )
+            return
+        if self._num_missed:
+            logger.warning("%s: answers again; it lacks %d rows, see the run's metrics", self._name, self._num_missed)
+            self._num_missed = 0
+
+    def close(self) -> None:
+        try:
+            self._tracker.close()
+        except Exception as error:  # noqa: BLE001 - as above
+            logger.warning("%s: not closed: %s", self._name, shown_text(str(error)) or type(error).__name__)
 
 
 def check_trackers(mlflow: MlflowConfig | None, wandb: WandbConfig | None) -> None:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from timeviper_platform.common import storage
-from timeviper_platform.training.metrics.trackers import MlflowConfig, Tracker, WandbConfig
+from timeviper_platform.training.metrics.trackers import MlflowConfig, TolerantTracker, Tracker, WandbConfig
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class MetricsWriter:
     """Writes one attempt's rows, on rank 0. A remote run folder is updated at every `flush`."""
 
     def __init__(self, run_uri: str, attempt: int, *, tensorboard: bool, trackers: Sequence[Tracker] = ()) -> None:
-        self._trackers = list(trackers)
+        self._trackers = [TolerantTracker(tracker) for tracker in trackers]
         self._run_uri = run_uri
         self._attempt = attempt
         self._scratch: tempfile.TemporaryDirectory[str] | None = None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import types
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.local import train_local
-from timeviper_platform.training.metrics.trackers import MlflowConfig, WandbConfig, open_trackers
+from timeviper_platform.training.metrics.trackers import MlflowConfig, TolerantTracker, WandbConfig, open_trackers
 from timeviper_platform.training.metrics.writer import MetricsWriter, read_metrics
 from timeviper_platform.training.phase import prepare_phase
 from timeviper_platform.training.ray_trainer import train_on_ray
@@ -87,6 +88,49 @@ def test_every_step_reaches_the_configured_trackers(tmp_path: Path, monkeypatch:
     sent = {"align/loss": 2.5, "align/lr/a_.._ decay": 0.1, "align/attempt": 2.0}
     assert ("log_metrics", (sent,), {"step": 7}) in mlflow.calls
     assert [mlflow.calls[-1][0], wandb.calls[-1][0]] == ["end_run", "finish"]
+
+
+class Failing:
+    """A tracker whose server is away for some calls."""
+
+    def __init__(self) -> None:
+        self.is_away = False
+        self.steps: list[int] = []
+        self.num_calls = 0
+
+    def log(self, scalars: Mapping[str, float], global_step: int) -> None:
+        self.num_calls += 1
+        if self.is_away:
+            raise ConnectionError("https://me:secret@tracker.invalid refused")
+        self.steps.append(global_step)
+
+    def close(self) -> None:
+        raise ConnectionError("refused")
+
+
+def test_a_tracker_that_fails_does_not_end_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Failing()
+    with MetricsWriter(str(tmp_path), 1, tensorboard=False, trackers=[tracker]) as writer:
+        for step in range(1, 6):
+            tracker.is_away = step >= 3
+            writer.write({"phase": "align", "step": step, "global_step": step, "loss": 1.0})
+    assert tracker.steps == [1, 2]
+    assert tracker.num_calls == 3, "a server that is away is not waited for in every step"
+    assert [row["step"] for row in read_metrics(str(tmp_path))] == [1, 2, 3, 4, 5]
+    assert "Failing: step 3 is not recorded, training goes on; next attempt in 30 s" in caplog.text
+    assert "Failing: not closed: refused" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_a_tracker_that_answers_again_says_what_it_lacks(caplog: pytest.LogCaptureFixture) -> None:
+    failing = Failing()
+    tracker = TolerantTracker(failing, min_pause_s=0.0)
+    for step in range(1, 5):
+        failing.is_away = step in (2, 3)
+        tracker.log({}, step)
+        time.sleep(0.01)
+    assert failing.steps == [1, 4]
+    assert "Failing: answers again; it lacks 2 rows" in caplog.text
 
 
 def test_another_attempt_continues_the_mlflow_run_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
