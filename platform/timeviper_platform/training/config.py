@@ -22,6 +22,10 @@ from timeviper_platform.training.optim.deepspeed_engine import ZeroConfig
 from timeviper_platform.training.optim.lr_schedule import ScheduleConfig
 from timeviper_platform.training.optim.parameter_groups import ParameterRule
 
+HANG_TIMEOUT_S = 1800.0
+REPORT_S = 300.0
+"""Seconds for the watchdog to name the rank that hangs, before torch ends the others."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitConfig:
@@ -161,8 +165,8 @@ class WorkersConfig:
     """Maximum restarts from the newest committed checkpoint."""
     preemption_grace_s: float = 60.0
     """Seconds that workers may run past a node's announced removal."""
-    hang_timeout_s: float = 1800.0
-    """Seconds without progress after which a worker ends."""
+    hang_timeout_s: float = HANG_TIMEOUT_S
+    """Seconds without progress after which a worker ends. Must be more than rank 0 takes to write a phase's weights."""
     threads_per_worker: int = 1
     """torch threads per worker. Losses are bit-identical only for equal numbers."""
 
@@ -170,8 +174,17 @@ class WorkersConfig:
         least, most = self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
         if not 1 <= least <= most:
             raise ValueError(f"workers: {self.num_workers = } must be at least 1, or [minimum, maximum] in this order")
-        if self.preemption_grace_s < 0:
-            raise ValueError(f"workers: {self.preemption_grace_s = } must be at least 0")
+        if self.preemption_grace_s < 0 or self.hang_timeout_s <= 0:
+            raise ValueError(
+                f"workers: {self.preemption_grace_s = } must be at least 0, and {self.hang_timeout_s = } above 0"
+            )
+
+    @property
+    def collective_timeout_s(self) -> float:
+        """Maximum seconds of a collective. torch's default for NCCL, 10 minutes, is less than rank 0 may take to write
+        a phase's weights.
+        """
+        return max(HANG_TIMEOUT_S, self.hang_timeout_s) + REPORT_S
 
     @property
     def min_workers(self) -> int:

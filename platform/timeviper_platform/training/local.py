@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ import torch.distributed as dist
 
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.devices import torch_device
+from timeviper_platform.common.job import user_error
 from timeviper_platform.common.lease import hold_lease
 from timeviper_platform.common.logs import setup_logging
-from timeviper_platform.common.storage import StorageUnavailableError
 from timeviper_platform.training.checkpoint.manager import resolve_resume
-from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.config import HANG_TIMEOUT_S, TrainConfig
 from timeviper_platform.training.distributed import from_rank_0
 from timeviper_platform.training.hooks import RunHooks
 from timeviper_platform.training.interrupts import StoppedError, sigterm_interrupts
@@ -44,7 +45,7 @@ def train_local(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
     check_trackers(config.metrics.mlflow, config.metrics.wandb)
     torch.set_num_threads(config.workers.threads_per_worker)
     with (
-        process_group(use_gpu=config.workers.use_gpu) as device,
+        process_group(use_gpu=config.workers.use_gpu, timeout_s=config.workers.collective_timeout_s) as device,
         _lease_of_rank_0(config),
         sigterm_interrupts() as interrupts,
     ):
@@ -60,8 +61,13 @@ def _lease_of_rank_0(config: TrainConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def process_group(*, use_gpu: bool) -> Iterator[torch.device]:
-    """Uses an existing group, the launcher's, or a group of one."""
+def process_group(*, use_gpu: bool, timeout_s: float = HANG_TIMEOUT_S) -> Iterator[torch.device]:
+    """Uses an existing group, the launcher's, or a group of one.
+
+    Args:
+        timeout_s: maximum seconds of a collective.
+    """
+    timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if use_gpu else "gloo"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
     if use_gpu:
@@ -71,12 +77,13 @@ def process_group(*, use_gpu: bool) -> Iterator[torch.device]:
         return
     with tempfile.TemporaryDirectory(prefix="timeviper-rendezvous-") as folder, contextlib.ExitStack() as stack:
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timeout)
         else:
             if "LOCAL_RANK" not in os.environ:  # DeepSpeed needs it; other libraries take it for a launcher's
                 os.environ["LOCAL_RANK"] = "0"
                 stack.callback(os.environ.pop, "LOCAL_RANK", None)
-            dist.init_process_group(backend, init_method=f"file://{Path(folder) / 'group'}", rank=0, world_size=1)
+            where = f"file://{Path(folder) / 'group'}"
+            dist.init_process_group(backend, init_method=where, rank=0, world_size=1, timeout=timeout)
         try:
             yield device
         finally:
@@ -106,8 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StoppedError as error:
         logger.warning("%s", error)
         return 128 + signal.SIGTERM  # the shell's convention
-    except (ValueError, RuntimeError, StorageUnavailableError) as error:
-        logger.error("%s", error)
+    except Exception as error:  # user errors are one line, all others are raised again
+        if (message := user_error(error)) is None:
+            raise
+        logger.error("%s", message)
         return 1
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
     return 0

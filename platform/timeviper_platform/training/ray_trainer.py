@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -87,7 +88,9 @@ def _fit(config: TrainConfig, folder: RunFolder, start: str | None) -> dict[str,
             "pulse": Pulse(name),
             "environment": describe_environment(),
         },
-        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if workers.use_gpu else "gloo", timeout_s=math.ceil(workers.collective_timeout_s)
+        ),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.use_gpu,

@@ -19,6 +19,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -52,6 +53,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TAG = re.compile(r"/step-\d{8,}$")
+
+SAVE_TIMEOUT = timedelta(days=1)
+"""Maximum time for a rank to write its share while others wait in their threads. torch's default of 30 minutes would
+end training; a rank that is gone is seen at once, and one that hangs by the watchdog."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +137,7 @@ class Checkpoints:
         assert self._thread is None  # two at a time would hold two copies of the state
         if self._group is None:
             # the threads need their own group: training uses the default one
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._thread = threading.Thread(
             target=self._run, args=(snapshot, before_commit), name="checkpoint", daemon=False
         )
