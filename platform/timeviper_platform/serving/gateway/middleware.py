@@ -43,7 +43,10 @@ PUBLIC_TENANT = "public"
 class GatewayMetrics:
     """Counts for the page /metrics of this replica, and for `sink`, which sees all replicas."""
 
-    def __init__(self, sink: MetricsSink = NO_METRICS) -> None:
+    def __init__(self, sink: MetricsSink = NO_METRICS, *, gauge_s: float = 1.0) -> None:
+        """`gauge_s` is the least time between two values of a gauge for `sink`; one takes Ray a millisecond."""
+        self._gauge_s = gauge_s
+        self._gauge_is_due = False
         self._registry = CollectorRegistry()
         self._metrics = prometheus_metrics("timeviper_gateway_", self._registry)
         self._sink = sink
@@ -76,7 +79,13 @@ class GatewayMetrics:
     def _set_ongoing(self, count: int) -> None:
         self._num_ongoing = count
         self._metrics["ongoing_requests"].set(count)
-        self._sink.report({"ongoing_requests": count})
+        if not self._gauge_is_due:
+            self._gauge_is_due = True
+            asyncio.get_running_loop().call_later(self._gauge_s, self._report)
+
+    def _report(self) -> None:
+        self._gauge_is_due = False
+        self._sink.report({"ongoing_requests": self._num_ongoing})
 
     def render(self) -> bytes:
         return generate_latest(self._registry)

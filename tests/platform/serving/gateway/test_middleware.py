@@ -220,17 +220,23 @@ def test_a_sink_gets_the_counts_of_this_replica() -> None:
             self.add(name, value, **tags)
 
         def report(self, values: Mapping[str, float]) -> None:
+            self.add("reports", 1)
             self.values.update(values)
 
-    metrics = GatewayMetrics(Sink())
-    metrics.start_request()
-    metrics.start_request()
-    metrics.end_request("/v1/models", 200, 0.25)
-    metrics.add_first_text(2.0)
-    usage = {"prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 0}}
-    metrics.add_usage(usage)
+    async def count() -> None:
+        metrics = GatewayMetrics(Sink(), gauge_s=0.01)
+        metrics.start_request()
+        metrics.start_request()
+        metrics.end_request("/v1/models", 200, 0.25)
+        metrics.add_first_text(2.0)
+        usage = {"prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 0}}
+        metrics.add_usage(usage)
+        await asyncio.sleep(0.05)
+
+    asyncio.run(count())
     assert Sink.values == {
         "ongoing_requests": 1,
+        "reports": 1,
         "requests/v1/models200": 1,
         "request_seconds/v1/models": 0.25,
         "first_text_seconds": 2.0,
