@@ -137,7 +137,7 @@ class Deployment:
         training, scoring = self.train.workers, self.evaluate.workers
         deployments = self.serve.deployments
         wanted = {
-            "train": (training.min_workers, dict(training.resources_per_worker)),
+            "train": (training.min_workers, {"GPU": float(training.use_gpu), **training.resources_per_worker}),
             "evaluate": (scoring.num_workers, {"CPU": scoring.cpus_per_worker, "GPU": scoring.gpus_per_worker}),
             **{
                 f"serve: {name}": (item.autoscaling.min_replicas, {"CPU": item.num_cpus, "GPU": item.num_gpus})

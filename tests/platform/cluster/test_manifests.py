@@ -280,6 +280,15 @@ def test_values_that_cannot_work_are_one_line(
     assert not (tmp_path / "deploy").exists()
 
 
+def test_use_gpu_is_a_gpu_per_worker(tmp_path: Path) -> None:
+    """As in training, where resources_per_worker need not name it."""
+    train = (ROOT / "ray_configs" / "train.yaml").read_text()
+    assert "{CPU: 8, GPU: 1}" in train
+    (tmp_path / "train.yaml").write_text(train.replace("{CPU: 8, GPU: 1}", "{CPU: 1}"))
+    with pytest.raises(ValueError, match="train needs 8 workers of 1 CPUs and 1 GPUs, and gpu_workers holds 2 per"):
+        make_deployment(f"configs.train={tmp_path}/train.yaml", "gpu_workers.gpus=2", "gpu_workers.max_nodes=3")
+
+
 def test_files_are_written_and_read_back(
     tmp_path: Path, resources: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
