@@ -14,7 +14,9 @@ Dtype = Literal["float32", "bfloat16"]
 
 PEAK_FLOPS: dict[str, float] = {
     "NVIDIA B200": 2250e12,
+    "NVIDIA H200 NVL": 836e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H100 NVL": 836e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989e12,
     "NVIDIA A100": 312e12,
@@ -41,6 +43,23 @@ def torch_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RuntimeError(f"device = {name!r}: torch sees {torch.cuda.device_count()} CUDA devices; use device: cpu")
     return device
+
+
+def check_gpus_are_reserved(device: str, num_gpus: float, *, device_key: str, gpus_key: str) -> None:
+    """Refuses workers on GPUs that they do not reserve: Ray hides no GPU from a process that reserves none.
+
+    Raises:
+        ValueError: for such workers, or a device that torch does not know.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"{device_key} = {device!r} is not a device of torch; use cpu or cuda") from error
+    if kind == "cuda" and not num_gpus:
+        raise ValueError(
+            f"{device_key} = {device!r} and {gpus_key} = 0: every worker would take a node's first GPU; set {gpus_key}:"
+            f" 1 (or a share of one), or {device_key}: cpu"
+        )
 
 
 def device_name(device: torch.device) -> str:

@@ -20,6 +20,7 @@ from timeviper_platform.common.cluster_checks import (
     refuse_lost_outputs,
 )
 from timeviper_platform.common.config import with_absolute_paths
+from timeviper_platform.common.devices import check_gpus_are_reserved
 from timeviper_platform.common.job import JobError
 from timeviper_platform.common.machine_cache import listed_files
 from timeviper_platform.data.store.compatibility import check_same_towers
@@ -97,6 +98,12 @@ class EvaluateConfig:
             raise ValueError("set either `questions` or `benchmark`")
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"{self.tasks = } must name each task once, and at least one")
+        check_gpus_are_reserved(
+            self.answering.device,
+            self.workers.gpus_per_worker,
+            device_key="answering.device",
+            gpus_key="workers.gpus_per_worker",
+        )
 
 
 def read_questions(folder: str, tasks: Sequence[str], max_questions: int | None) -> list[dict[str, Any]]:

@@ -392,6 +392,10 @@ def test_an_evaluation_without_a_scored_question_is_an_error(known: KnownAnswers
 def test_wrong_settings_are_refused(known: KnownAnswers, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_workers"):
         EvalWorkersConfig(num_workers=0)
+    on_gpu = AnsweringConfig(device="cuda:0")
+    with pytest.raises(ValueError, match=r"answering.device = 'cuda:0' and workers.gpus_per_worker = 0: every worker"):
+        _config(known, tmp_path / "r.json", answering=on_gpu)
+    _config(known, tmp_path / "r.json", answering=on_gpu, workers=EvalWorkersConfig(gpus_per_worker=0.5))
 
 
 def test_workers_get_absolute_paths_and_unchanged_uris(known: KnownAnswers) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from timeviper_platform.common.config import with_absolute_paths
+from timeviper_platform.common.devices import check_gpus_are_reserved
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.media.container import ErrorType, MediaLimits
 from timeviper_platform.data.plan.segments import SamplingConfig
@@ -92,6 +93,9 @@ class PreprocessConfig:
                 f"{self.sampling.frame_selection = } needs decode.backend pyav, not {self.decode.backend!r}"
             )
         mode, device = self.execution.mode, self.encoder.device
+        check_gpus_are_reserved(
+            device, self.execution.gpus_per_worker, device_key="encoder.device", gpus_key="execution.gpus_per_worker"
+        )
         if self.decode.backend == "nvdec" and (mode != "fused" or device != "cuda"):
             raise ValueError(
                 "decode.backend nvdec decodes on the encoder's GPU, which split decoders do not have: execution."

@@ -123,7 +123,11 @@ def test_the_vision_group_returns_its_rows() -> None:
 def test_a_device_of_unknown_peak_has_no_mfu_row() -> None:
     rows = vision.vision_rows(CPU, size=TINY_TOWER, batch_frames=1, num_batches=1, repeats=1)
     assert not any(row.name.endswith("MFU") for row in rows)
+
+
+def test_boards_of_one_name_have_peaks_of_their_own() -> None:
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA H100 NVL") == peak_flops("NVIDIA H200 NVL") == 836e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
 
 

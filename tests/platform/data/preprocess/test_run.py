@@ -99,6 +99,17 @@ def test_failed_downloads_are_counted_and_do_not_stop_the_job(tmp_path: Path, co
     assert report.errors_by_stage == {"download": {"not_found": 5}}
 
 
+def test_workers_reserve_the_gpus_they_use(corpus: Path, tmp_path: Path) -> None:
+    """Without, Ray would start a worker per CPU, all on the first GPU."""
+    config = make_config(corpus, tmp_path)
+    for device, text in (
+        ("cuda", r"encoder.device = 'cuda' and execution.gpus_per_worker = 0: .* set execution.gpus_per_worker: 1 "),
+        ("gpu", r"encoder.device = 'gpu' is not a device of torch; use cpu or cuda"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, device=device))
+
+
 @pytest.mark.parametrize(("mode", "device"), [("split", "cuda"), ("auto", "cuda"), ("fused", "cpu")])
 def test_nvdec_requires_the_encoders_gpu_in_the_same_worker(
     corpus: Path, tmp_path: Path, mode: Literal["fused", "split", "auto"], device: str
@@ -106,7 +117,7 @@ def test_nvdec_requires_the_encoders_gpu_in_the_same_worker(
     config = make_config(corpus, tmp_path)
 
     def with_nvdec(mode: Literal["fused", "split", "auto"], device: str) -> PreprocessConfig:
-        execution = dataclasses.replace(config.execution, mode=mode)
+        execution = dataclasses.replace(config.execution, mode=mode, gpus_per_worker=1.0)
         encoder = dataclasses.replace(config.encoder, device=device)
         decode = dataclasses.replace(config.decode, backend="nvdec")
         return dataclasses.replace(config, execution=execution, encoder=encoder, decode=decode)
