@@ -298,9 +298,9 @@ class Prefill:
 
 
 def last_mixer(config: TimeViperConfig) -> int | None:
-    """Returns the layer from which the last token alone is computed, as only its logits are read.
+    """Returns the layer from which only the last token is computed, as only its logits are needed.
 
-    It is the last layer where tokens read others; None with a TransV site behind it.
+    It is the last layer that mixes tokens; None if a TransV site follows it.
     """
     mixers = (layer for layer, block_type in enumerate(config.text.block_types) if block_type != "mlp")
     layer = max(mixers, default=-1)

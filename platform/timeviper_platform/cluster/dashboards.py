@@ -39,8 +39,8 @@ _FEATURES = "ray_timeviper_features_"
 
 def _quantiles(metric: str, what: str) -> tuple[tuple[str, str], ...]:
     return tuple(
-        (f"histogram_quantile({share}, {_rate(f'{metric}_bucket', 'le')})", f"{legend} of {what}")
-        for share, legend in ((0.5, "half"), (0.99, "99 of 100"))
+        (f"histogram_quantile({share}, {_rate(f'{metric}_bucket', 'le')})", f"{what}, {legend}")
+        for share, legend in ((0.5, "median"), (0.99, "99th percentile"))
     )
 
 
@@ -100,13 +100,13 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Seconds to the first text at the gateway, and to the first token in the engine",
             (
-                *_quantiles(f"{_GATEWAY}first_text_seconds", "texts"),
-                *_quantiles(f"{_ENGINE}first_token_seconds", "tokens"),
+                *_quantiles(f"{_GATEWAY}first_text_seconds", "text"),
+                *_quantiles(f"{_ENGINE}first_token_seconds", "token"),
             ),
             "s",
         ),
         Panel(
-            "Seconds of a request, 99 of 100, by route",
+            "Seconds of a request, 99th percentile, by route",
             ((f"histogram_quantile(0.99, {_rate(f'{_GATEWAY}request_seconds_bucket', 'le, route')})", "{{route}}"),),
             "s",
         ),
@@ -171,7 +171,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
             "Media per second, by origin of their features and outcome",
             ((_rate(f"{_FEATURES}requests_total", "origin, status"), "{{origin}} {{status}}"),),
         ),
-        Panel("Seconds to read, or to decode and encode, a medium", _quantiles(f"{_FEATURES}seconds", "media"), "s"),
+        Panel("Seconds to read, or to decode and encode, a medium", _quantiles(f"{_FEATURES}seconds", "medium"), "s"),
         Panel(
             "The feature service",
             (

@@ -19,7 +19,7 @@ def setup_logging(level: int | str = logging.INFO, *, as_json: bool = False) -> 
 
 
 def log_event(logger: logging.Logger, level: int, event: str, **fields: Any) -> None:
-    """Logs names and values: keys of the line's object, or JSON as its text."""
+    """Logs names and values, as keys of the JSON line or as JSON in a text line."""
     values = {"event": event, **fields}
     logger.log(level, "%s", json.dumps(values), extra={"values": values})
 

@@ -45,7 +45,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "timeviper_features_requests",
         "counter",
-        "Media that requests named, by where their features came from (cache, store, upload), and ok or why not",
+        "Media that requests named, by origin of their features (cache, store, upload) and outcome",
         ("origin", "status"),
     ),
     Metric(
@@ -108,7 +108,7 @@ def metrics_of(prefix: str) -> dict[str, Metric]:
 
 
 class MetricsSink(Protocol):
-    """Where a service counts; see RayMetrics."""
+    """Receives a service's metrics; see RayMetrics."""
 
     def add(self, name: str, amount: float, **tags: str) -> None: ...
 

@@ -305,7 +305,7 @@ def is_local(uri: str) -> bool:
 
 
 def exists(uri: str) -> bool:
-    """Raises OSError if the storage does not answer: an error is not an absence."""
+    """Raises OSError if the storage does not answer, instead of returning False."""
     with plain_errors(of_any_library=True):
         filesystem, path = split_uri(uri)
         return retrying(lambda: _exists(filesystem, path), uri)

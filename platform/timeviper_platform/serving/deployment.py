@@ -45,8 +45,8 @@ class DeploymentSettings:
     max_queued_requests: int = 256
     """Maximum waiting requests per caller; more are answered with 429."""
     graceful_shutdown_timeout_s: float | None = None
-    """Seconds for running requests when a replica stops; None = 30 above gateway.request_timeout_s, so that an update
-    cuts no answer."""
+    """Seconds for running requests when a replica stops; None = 30 more than gateway.request_timeout_s, so that an
+    update cuts no answer."""
     autoscaling: AutoscalingSettings = field(default_factory=AutoscalingSettings)
 
     def options(

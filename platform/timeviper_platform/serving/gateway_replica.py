@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 5.0
 READY_KEPT_S = 1.0
-"""Seconds for which an answer about readiness counts."""
+"""Seconds for which a state of readiness is reused."""
 ATTEMPTS = 3
 RETRY_S = 0.2
 """Seconds between attempts, in which Ray Serve's router drops a dead replica."""
@@ -120,7 +120,7 @@ class ServiceHandle:
             if deep:
                 return bool(await asyncio.wait_for(self._handle.is_ready.remote(), READY_TIMEOUT_S))
             now = asyncio.get_running_loop().time()
-            if now >= self._ready_until:  # anyone may ask, and each answer is a call of Ray Serve's controller
+            if now >= self._ready_until:  # needs no key, and calls Ray Serve's controller
                 self._can_serve = await asyncio.wait_for(asyncio.to_thread(self._ask_controller), READY_TIMEOUT_S)
                 self._ready_until = now + READY_KEPT_S
             return self._can_serve

@@ -181,7 +181,7 @@ class GenerateRequest:
     answer_prefix: str = ""
     """Text that the model continues, not repeated in the answers."""
     request_id: str = ""
-    """Of the HTTP request, for logs."""
+    """Id of the HTTP request, for logs."""
 
     @property
     def media(self) -> list[FeatureReference]:

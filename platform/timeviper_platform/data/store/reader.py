@@ -105,7 +105,7 @@ class FeatureStore:
         self.recipe_hash: str = header["recipe_hash"]
         self._index = index
         self._state = state
-        """Of the index file, from before it was read."""
+        """State of the index file before it was read."""
         self._row_groups = RowGroups(storage.join_uri(uri, DATA_FOLDER), cache_bytes)
         self._infos = lru_cache(maxsize=MAX_INFOS)(lambda media_id: _info(self._index, media_id))
 
@@ -121,7 +121,7 @@ class FeatureStore:
         return cls(uri, header, StoreIndex.open(index), state=state, cache_bytes=cache_bytes)
 
     def refreshed(self) -> FeatureStore:
-        """Returns the store as it is now: this one, or another if preprocessing has written since.
+        """Returns the current store: this object, or a new one if preprocessing has written since.
 
         Raises:
             ValueError: if another recipe has taken its place.
@@ -154,7 +154,7 @@ class FeatureStore:
         return self._index.find_uri(uri)
 
     def version_of(self, media_id: str) -> str:
-        """Returns the data file of a medium's first segment: another one once it is preprocessed again.
+        """Returns the data file of a medium's first segment, which changes when it is preprocessed again.
 
         Raises:
             KeyError: if the store does not have the medium.

@@ -51,7 +51,7 @@ class Judge:
         """Returns the reply.
 
         Raises:
-            RuntimeError: if the endpoint fails, is no such API, or its reply is empty.
+            RuntimeError: if the endpoint fails, is not of OpenAI's API, or its reply is empty.
         """
         import openai
         from openai.types.chat import ChatCompletion
@@ -68,7 +68,7 @@ class Judge:
             raise RuntimeError(f"{type(error).__name__}: {error}"[:500]) from error
         if not isinstance(completion, ChatCompletion):  # the text of another page
             raise RuntimeError(
-                f"{self._config.base_url} does not answer like OpenAI's API; judge.base_url ends with /v1 in most cases"
+                f"{self._config.base_url} does not answer like OpenAI's API; judge.base_url mostly ends with /v1"
             )
         reply = completion.choices[0].message.content if completion.choices else None
         if not reply:

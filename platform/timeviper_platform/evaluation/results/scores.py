@@ -266,7 +266,7 @@ def _metrics(spec: Benchmark, rows: Sequence[_Scored]) -> dict[str, Any]:
 def _group_metrics(rows: Sequence[_Scored]) -> tuple[dict[str, Any], list[_Scored]]:
     """Returns VideoMME-v2's metrics, and a row per group with the level and heads of its last question.
 
-    Groups that lack a question, by `max_questions` or because it failed, are in the accuracy alone.
+    Groups that lack a question, because of `max_questions` or a failure, count only in the accuracy.
     """
     by_group: dict[str, list[_Scored]] = {}
     for row in rows:

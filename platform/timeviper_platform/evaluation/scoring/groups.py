@@ -19,7 +19,7 @@ one may replace it.
 
 
 def structure_of(text: str) -> str | None:
-    """Returns the structure of a logic group as `logic_score` knows it; None if it is unknown."""
+    """Returns the structure of a logic group as `logic_score` takes it; None if it is unknown."""
     try:
         found = str(ast.literal_eval(text))
     except (ValueError, SyntaxError):

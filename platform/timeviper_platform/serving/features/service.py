@@ -70,7 +70,7 @@ class FeatureServiceConfig:
     frame_selection: FrameSelection = "uniform"
     """Frames to keep of a longer medium."""
     store_refresh_s: float = 60.0
-    """Interval of checks for media that preprocessing has added to the store; 0 = only at the start."""
+    """Seconds between checks for media that preprocessing has added to the store; 0 = only at the start."""
     cache_bytes: int = 512 * 2**20
     """Maximum bytes of cached features per replica."""
     cache_max_age_s: float = 3600.0
@@ -188,7 +188,7 @@ class FeatureService:
         max_frames: int | None = None,
         whole: bool = True,
     ) -> FeatureReference | Refusal:
-        """See `FeatureClient.features`. Timing would reveal the videos of a tenant that shared features of uploads."""
+        """See `FeatureClient.features`. Tenants share no features of uploads, whose timing would reveal them."""
         fps = min(fps or self._config.fps, self._config.fps)
         max_frames = min(max_frames or self._config.max_frames, self._config.max_frames)
         if isinstance(source, MediaFrames) and len(source.frames) > self._config.max_frames:

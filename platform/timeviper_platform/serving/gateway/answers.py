@@ -160,7 +160,7 @@ class Answers:
     async def _streamed(
         self, chat: ChatCompletionRequest, completion: Completion, request: Request, answer: ChatStream | ResponseAnswer
     ) -> Response:
-        """Begins a stream with the first text; with comments if that takes long, and then refusals are events."""
+        """Begins a stream with the first text. If that takes long, comments come first, and a refusal is an event."""
         start = asyncio.create_task(self._start(chat, completion, request))
         try:
             await asyncio.wait({start}, timeout=KEEP_ALIVE_S)
@@ -227,7 +227,7 @@ def _completion_of(chat: ChatCompletionRequest) -> Completion:
 
 
 async def _abandon(start: asyncio.Task[_Running]) -> None:
-    """Cancels answers that nobody waits for, even if their first text has just come."""
+    """Cancels answers that nobody waits for, even if their first text has just arrived."""
     start.cancel()
     await asyncio.wait({start})
     if not start.cancelled() and start.exception() is None:

@@ -64,7 +64,7 @@ class _Medium:
     param: str
     """Dotted path in the request."""
     is_picture: bool
-    """Whether the part says so."""
+    """By the part's type."""
 
 
 @dataclass(slots=True)
@@ -192,7 +192,7 @@ class ChatPreparation:
         result: list[_Medium] = []
         for are_pictures, group in groupby(run, lambda medium: medium.is_picture):
             media = list(group)
-            if are_pictures and len(media) > 1:  # at an address, only the content says whether it is a still picture
+            if are_pictures and len(media) > 1:  # at an address, only the content shows whether it is a still picture
                 media = await asyncio.gather(*(self._loaded(medium, tenant) for medium in media))
             result += media
         return _with_frames(result)

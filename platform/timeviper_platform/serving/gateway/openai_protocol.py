@@ -77,7 +77,7 @@ class Completion:
         self._deltas: list[list[AnswerDelta]] = [[] for _ in range(num_choices)]
 
     def show_media(self, media: Sequence[FeatureReference]) -> None:
-        """Shows the media whose clock the answers' times are on."""
+        """Adds the media that define the clock of the answers' times."""
         self._media = [
             {"duration_seconds": medium.duration_seconds, "frame_times_seconds": list(medium.times_seconds)}
             for medium in media

@@ -67,12 +67,12 @@ class JobState:
 
 
 class JobStore:
-    """Jobs by tenant. What has ended never changes, and is not read again to look for work."""
+    """Jobs by tenant. Ended jobs never change, and are read only once to look for work."""
 
     def __init__(self, media_root: str) -> None:
         self._root = join_uri(media_root, FOLDER)
         self._ended: dict[tuple[str, str], int] = {}
-        """Unix seconds of the end, by tenant and id."""
+        """Unix seconds at which jobs ended, by tenant and id."""
 
     def create(
         self,
@@ -85,7 +85,7 @@ class JobStore:
         key_sha256: str | None = None,
     ) -> Job:
         job = Job(
-            id=f"job-{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}",  # so that names are in order of time
+            id=f"job-{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}",  # names sort by time
             tenant=tenant,
             created_at=int(time.time()),
             model=model,
@@ -135,7 +135,7 @@ class JobStore:
             yield from self._unended(tenant)
 
     def delete_finished(self, *, before: float) -> None:
-        """Deletes jobs that ended before Unix seconds, of those that `unfinished` has met."""
+        """Deletes jobs that ended before Unix seconds and that `unfinished` has read."""
         for (tenant, job_id), ended_at in list(self._ended.items()):
             if ended_at < before:
                 filesystem, path = split_uri(join_uri(self._root, tenant, job_id))

@@ -285,7 +285,7 @@ def test_a_judge_that_is_gone_ends_the_run_soon(tmp_path: Path) -> None:
 
 def test_an_address_without_the_api_is_named(tmp_path: Path, endpoint: _Endpoint) -> None:
     config = _captions(tmp_path, _judge_config(endpoint.url.removesuffix("/v1")))
-    with pytest.raises(JobError, match=r"http://127.0.0.1:\d+ does not answer like OpenAI's API; judge.base_url ends"):
+    with pytest.raises(JobError, match=r"http://127.0.0.1:\d+ does not answer like OpenAI's API; judge.base_url"):
         judge(config)
 
 

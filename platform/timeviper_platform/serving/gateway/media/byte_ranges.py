@@ -58,6 +58,6 @@ def content_response(
     if found is not None:
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     status = 200 if found is None else 206
-    if is_head(request.scope):  # players ask first; nothing is read
+    if is_head(request.scope):  # players send it before they read
         return Response(None, status, headers, media_type="application/octet-stream")
     return StreamingResponse(read(start, stop), status, headers, media_type="application/octet-stream")

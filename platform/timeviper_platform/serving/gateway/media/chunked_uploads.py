@@ -34,7 +34,7 @@ FILE_EXPIRES_AFTER_S = 3600, 2_592_000
 """OpenAI's shortest and longest age of a file: an hour, 30 days."""
 _CHUNK_BYTES = 1 << 20
 _FILE_EXPIRY = "file_expires_after_s"
-"""Our key of an upload's record, which clients do not see."""
+"""Key of an upload's record that clients do not see."""
 
 
 class _Lenient(BaseModel):
@@ -145,7 +145,7 @@ class ChunkedUploads:
                 filename=upload["filename"],
                 purpose=upload["purpose"],
                 expires_after_s=expiry,
-                # its parts, which are deleted next, have counted already
+                # the parts already count, and are deleted next
                 max_total_bytes=None if max_total_bytes is None else max_total_bytes + upload["bytes"],
             )
         return self._ended(tenant, upload, "completed", record)

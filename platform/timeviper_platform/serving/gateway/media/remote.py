@@ -43,7 +43,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 TENANT = "_downloads"
 """Folder of downloads; no key's tenant can have this name."""
 MAX_HASHES = 4096
-"""Local files whose hash is kept."""
+"""Maximum local files with cached hashes."""
 KEPT_LONGER_S = 600.0
 """Further seconds for which a download stays on storage, for requests that still read it."""
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -144,7 +144,7 @@ class RemoteFetcher:
         host = parts.hostname or ""
         (address, *_) = self._resolve(host, self._port)
         connection = _PinnedConnection(host, address, self._port, self._context, deadline)
-        # a timeout of the socket counts for one read, and headers may come byte by byte
+        # a socket's timeout applies to each read, and headers may come byte by byte
         timer = threading.Timer(max(0.0, deadline - time.monotonic()), connection.shut_down)
         timer.daemon = True
         timer.start()
@@ -159,7 +159,7 @@ class RemoteFetcher:
             self._copy(response, file, connection, deadline)
             return None
         except (OSError, http.client.HTTPException):
-            _check(deadline)  # past it, that is the reason
+            _check(deadline)  # shutting down causes other errors
             raise
         finally:
             timer.cancel()
@@ -258,7 +258,7 @@ class Addresses:
         self._store = store
         self._fetcher = fetcher or RemoteFetcher(config.remote)
         self._files: dict[tuple[str, str], tuple[float, asyncio.Task[MediaFile]]] = {}
-        """By tenant and address: the time of an answer must not tell what others have asked about."""
+        """By tenant and address, because the time of an answer would reveal other tenants' media."""
 
     async def check(self, url: str, param: str) -> MediaAddress:
         """Returns the address as manifests write it.
@@ -268,7 +268,7 @@ class Addresses:
         """
         if url[: len(FILE)].lower() == FILE:
             path = await asyncio.to_thread(local_path, url, self._roots, param)
-            named = os.path.normpath(unquote(urlsplit(url).path))  # a manifest may have it with its links
+            named = os.path.normpath(unquote(urlsplit(url).path))  # a manifest may name it by its links
             return MediaAddress(uri=path, aliases=(*({named} - {path}), f"{FILE}{named}"))
         return MediaAddress(uri=self._fetcher.check(url, param))
 

@@ -196,7 +196,7 @@ class MediaStore:
         """Raises ApiError 429 when a tenant's files, parts of uploads included, would exceed their quota."""
         filesystem, path = split_uri(join_uri(self._root, tenant))
         filesystem.invalidate_cache()  # other processes write here
-        found = filesystem.find(path, detail=True)  # one listing: records would be a read each
+        found = filesystem.find(path, detail=True)  # one listing instead of a read per record
         stored = sum(int(entry["size"]) for name, entry in found.items() if name.endswith((".media", ".part")))
         if stored + num_bytes > max_total_bytes:
             text = f"the uploads have {stored} of {max_total_bytes} bytes, and this one {num_bytes}; delete some files"
