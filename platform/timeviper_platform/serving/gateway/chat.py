@@ -30,6 +30,7 @@ from timeviper_platform.serving.gateway.config import CurrentConfig, GatewayConf
 from timeviper_platform.serving.gateway.media.remote import FILE, HTTPS, Addresses
 from timeviper_platform.serving.gateway.media.uploads import DATA_SCHEME, MediaStore, no_such_file, parse_data_uri
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
+from timeviper_platform.serving.gateway.schema_checks import SchemaChecks
 from timeviper_platform.serving.messages import (
     FEATURE_SCHEME,
     ChatTurn,
@@ -82,6 +83,7 @@ class ChatPreparation:
         self._features = features
         self._store = store
         self._addresses = Addresses(current.config, store)
+        self._schemas = SchemaChecks()
 
     @property
     def _config(self) -> GatewayConfig:
@@ -104,16 +106,18 @@ class ChatPreparation:
         Raises:
             ApiError: for exceeded limits, unknown media, or a refusal by the feature service.
         """
+        answer_format = chat.response_format or ResponseFormat(type="text")
+        if (schema := answer_format.schema_text()) is not None:
+            await self._schemas.check(schema)
         messages = await self._messages(chat, tenant)
         self._check_limits(messages)
         limits = chat.media_limits()
         media = [medium for message in messages for medium in message.media]
-        answer_format = chat.response_format or ResponseFormat(type="text")
         whole = whole or answer_format.is_segments
         features = await asyncio.gather(*(self._feature(medium, tenant, limits, note, whole) for medium in media))
         references = iter(features)
         wanted = chat.max_completion_tokens or chat.max_tokens or self._config.default_max_tokens
-        schema = segments_schema(features) if answer_format.is_segments else answer_format.schema_text()
+        schema = segments_schema(features) if answer_format.is_segments else schema
         return GenerateRequest(
             tenant=tenant,
             turns=tuple(
