@@ -406,16 +406,21 @@ def read_bytes(uri: str) -> bytes:
     return retrying(lambda: bytes(filesystem.cat_file(path)), uri)
 
 
+def read_bytes_or_none(uri: str) -> bytes | None:
+    """None = no such file; asking for it first could be too early for a process that deletes it."""
+    try:
+        return read_bytes(uri)
+    except FileNotFoundError:
+        return None
+
+
 def read_json(uri: str) -> Any:
     return json.loads(read_bytes(uri))
 
 
 def read_json_or_none(uri: str) -> Any | None:
-    """None = no such file. Checking `exists` first would race with a process that deletes it."""
-    try:
-        return read_json(uri)
-    except FileNotFoundError:
-        return None
+    data = read_bytes_or_none(uri)
+    return None if data is None else json.loads(data)
 
 
 def download(uri: str, local: Path) -> None:

@@ -137,7 +137,11 @@ def run_in_process(missing: Collection[Segment], spec: WorkerSpec, execution: Ex
 def last_rate(feature_store: str) -> float:
     """Frames per second of the last run that encoded frames, or 0."""
     uri = storage.join_uri(feature_store, REPORT_FILE)
-    return float(storage.read_json(uri)["frames_per_second"]) if storage.exists(uri) else 0.0
+    try:
+        return float((storage.read_json_or_none(uri) or {"frames_per_second": 0.0})["frames_per_second"])
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s) and left out of the estimate", storage.shown_uri(uri), error)
+        return 0.0
 
 
 def _plan(config: PreprocessConfig, recipe_hash: str, left_out: Counter[str]) -> Plan:

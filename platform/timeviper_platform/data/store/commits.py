@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from timeviper_platform.common import schemas, storage
 from timeviper_platform.common.listing import names_in, pages
-from timeviper_platform.data.store.layout import COMMITS_FOLDER, DATA_FOLDER
+from timeviper_platform.data.store.layout import COMMIT_WAY_OUT, COMMITS_FOLDER, DATA_FOLDER, damage_named
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,11 @@ class CommitLog:
         return self._names(DATA_FOLDER)
 
     def read(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        data = storage.read_bytes(storage.join_uri(self.uri, COMMITS_FOLDER, name))
-        return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)
+        uri = storage.join_uri(self.uri, COMMITS_FOLDER, name)
+        data = storage.read_bytes(uri)
+        with damage_named(uri, COMMIT_WAY_OUT):
+            file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+            return file.read(columns=columns, use_threads=False)
 
     def records(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
         """Yields (name, record), sorted by name."""

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from timeviper_platform.common import schemas, storage
+from timeviper_platform.data.store.layout import INDEX_WAY_OUT, damage_named
 
 ROW_GROUP_ROWS = 2048
 """Rows decoded together: 2 MB of frame times, 3 ms."""
@@ -92,9 +94,10 @@ class StoreIndex:
     @classmethod
     def open(cls, uri: str, *, details_cache_bytes: int = DETAILS_CACHE_BYTES) -> StoreIndex:
         """Opens a snapshot; raises FileNotFoundError if there is no index."""
-        file = _open_snapshot(uri)
-        schemas.check_version(file.schema_arrow, schemas.INDEX, source=uri)
-        return cls(file, details_cache_bytes)
+        with damage_named(uri, INDEX_WAY_OUT):
+            file = _open_snapshot(uri)
+            schemas.check_version(file.schema_arrow, schemas.INDEX, source=uri)
+            return cls(file, details_cache_bytes)
 
     def __contains__(self, media_id: object) -> bool:
         return isinstance(media_id, str) and self._position(media_id) is not None
@@ -192,12 +195,12 @@ class StoreIndex:
 
 def _open_snapshot(uri: str) -> Any:
     """Not memory-mapped: the kernel would map 64 KB around each of many small reads."""
-    filesystem, path = storage.split_uri(uri)
+    options: dict[str, Any] = {"read_dictionary": _WORDS, "page_checksum_verification": True}
     if storage.is_local(uri):
-        return pq.ParquetFile(pa.OSFile(path), read_dictionary=_WORDS)
+        return pq.ParquetFile(pa.OSFile(storage.split_uri(uri)[1]), **options)
     with tempfile.NamedTemporaryFile(prefix="timeviper-index-") as copy:
-        filesystem.get_file(path, copy.name)
-        return pq.ParquetFile(pa.OSFile(copy.name), read_dictionary=_WORDS)
+        storage.download(uri, Path(copy.name))
+        return pq.ParquetFile(pa.OSFile(copy.name), **options)
 
 
 def _column(file: Any, name: str) -> pa.Array:

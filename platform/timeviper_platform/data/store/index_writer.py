@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +19,7 @@ from timeviper_platform.common.schemas import INDEX, PLAN
 from timeviper_platform.common.storage import open_file
 from timeviper_platform.data.store.commits import CommitLog, best_rows, files_digest, replaced_files
 from timeviper_platform.data.store.index import ROW_GROUP_ROWS
-from timeviper_platform.data.store.layout import INDEX_FILE
+from timeviper_platform.data.store.layout import INDEX_FILE, INDEX_WAY_OUT, damage_named
 from timeviper_platform.data.store.sorted_runs import SortedRuns, merge_runs
 
 FILES_KEY = b"timeviper.indexed"
@@ -108,8 +108,9 @@ def index_tables(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
     path = storage.join_uri(uri, INDEX_FILE)
     if not storage.exists(path):
         return
-    with open_file(path) as file:
-        for batch in pq.ParquetFile(file).iter_batches(ROW_GROUP_ROWS, columns=list(columns), use_threads=False):
+    with damage_named(path, INDEX_WAY_OUT), open_file(path) as opened:
+        file: Any = pq.ParquetFile(opened, page_checksum_verification=True)
+        for batch in file.iter_batches(ROW_GROUP_ROWS, columns=list(columns), use_threads=False):
             yield pa.Table.from_batches([batch])
 
 
@@ -117,7 +118,7 @@ def read_files_digest(uri: str) -> bytes | None:
     path = storage.join_uri(uri, INDEX_FILE)
     if not storage.exists(path):
         return None
-    with open_file(path) as file:
+    with damage_named(path, INDEX_WAY_OUT), open_file(path) as file:
         return bytes((pq.read_schema(file).metadata or {}).get(FILES_KEY, b""))
 
 

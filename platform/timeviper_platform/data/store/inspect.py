@@ -22,7 +22,7 @@ from timeviper_platform.data.encode.recipe import older_recipe
 from timeviper_platform.data.store.audit import Outcomes, count_reasons, medium_status
 from timeviper_platform.data.store.commits import CommitLog, files_digest, num_feature_bytes
 from timeviper_platform.data.store.index_writer import index_tables, read_files_digest
-from timeviper_platform.data.store.layout import DATA_FOLDER, REJECTS_FILE, read_header
+from timeviper_platform.data.store.layout import DATA_FOLDER, REJECTS_FILE, damage_named, read_header
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,4 +105,5 @@ def _read_reasons(uri: str) -> dict[str, dict[str, int]]:
     path = storage.join_uri(uri, REJECTS_FILE)
     if not storage.exists(path):
         return {}
-    return count_reasons(pq.ParquetFile(pa.BufferReader(storage.read_bytes(path))).read())
+    with damage_named(path, "run jobs/preprocess.py again, which writes it anew"):
+        return count_reasons(pq.ParquetFile(pa.BufferReader(storage.read_bytes(path))).read())

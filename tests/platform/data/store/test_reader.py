@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from reference.synthetic_store import RECIPE, error_row, read_committed, segment
 from timeviper_platform.common import storage
 from timeviper_platform.common.schemas import FEATURES, INDEX, check_version
 from timeviper_platform.data.encode.recipe import recipe_hash
+from timeviper_platform.data.plan.stored_plan import finished_segments
 from timeviper_platform.data.store import row_groups
 from timeviper_platform.data.store.commits import best_rows
 from timeviper_platform.data.store.compact import compact
@@ -334,6 +336,43 @@ def test_a_lost_or_damaged_data_file_is_named(tmp_path: Path) -> None:
         store.read("m000")
     with pytest.raises(ValueError, match="must be"):
         write_store(str(tmp_path), {"flat": torch.zeros(3, 4)}, recipe=RECIPE)
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "a cut file", "an empty file"])
+def test_features_that_are_not_as_written_are_never_returned(tmp_path: Path, damage: str) -> None:
+    write_store(str(tmp_path), {"film": torch.arange(64.0).view(4, 2, 8)}, recipe=RECIPE)
+    (path,) = (tmp_path / "data").iterdir()
+    data = bytearray(path.read_bytes())
+    if damage == "a flipped bit":
+        data[bytes(data).index(torch.arange(64.0).bfloat16().view(torch.int16).numpy().tobytes()) + 100] ^= 1
+    path.write_bytes({"a flipped bit": data, "a cut file": data[:-20], "an empty file": b""}[damage])
+    with pytest.raises(RuntimeError, match=f"cannot read row group 0 of {path.name} in {tmp_path}/data: "):
+        FeatureStore.open(str(tmp_path)).read("film")
+
+
+def test_every_damaged_file_of_a_store_is_named_with_its_way_out(tmp_path: Path) -> None:
+    write_store(str(tmp_path), synthetic_media(2), recipe=RECIPE)
+    storage.write_bytes(f"{tmp_path}/plan/part-000000.parquet", b"")
+    record = f"commits/{next(StoreWriter.open(str(tmp_path)).commits.names())}"
+    opened: dict[str, Callable[[], object]] = {
+        "store.json": lambda: FeatureStore.open(str(tmp_path)),
+        "index.parquet": lambda: FeatureStore.open(str(tmp_path)),
+        record: lambda: finished_segments(str(tmp_path)),
+        "plan/part-000000.parquet": lambda: verify_store(str(tmp_path)),
+    }
+    for name, use in opened.items():
+        whole = (tmp_path / name).read_bytes()
+        for damaged in (whole[: len(whole) // 2], b"", b"[1]"):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(RuntimeError, match=rf"{tmp_path}/{name} is damaged \(.*\); .*(jobs/|folder)"):
+                use()
+        (tmp_path / name).write_bytes(whole)
+    (tmp_path / "index.parquet").write_bytes(b"half")
+    with pytest.raises(RuntimeError, match=r"index.parquet is damaged .*; remove it and run"):
+        StoreWriter.open(str(tmp_path)).write_index()
+    (tmp_path / "index.parquet").unlink()
+    StoreWriter.open(str(tmp_path)).write_index()
+    assert len(FeatureStore.open(str(tmp_path)).media_ids) == 2
 
 
 @pytest.mark.parametrize(
