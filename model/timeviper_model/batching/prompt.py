@@ -155,7 +155,6 @@ def check_tokenizer(tokenizer: Any, template: ChatTemplate) -> None:
 
 
 def end_token_id(tokenizer: Any, template: ChatTemplate) -> int:
-    """Returns the token that ends an answer."""
     check_tokenizer(tokenizer, template)
     return int(encode_text(tokenizer, template.assistant[1], split_special_tokens=False)[-1])
 

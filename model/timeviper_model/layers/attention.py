@@ -20,8 +20,6 @@ NUM_CHUNKS, MIN_CHUNK_TOKENS = 8, 64
 
 
 class KeyValueStore(Protocol):
-    """Keys and values of one layer."""
-
     def extend(self, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
         """Appends keys and values to the only slot; returns (T, H, E) for the last T tokens."""
         ...

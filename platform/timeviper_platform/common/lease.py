@@ -47,9 +47,9 @@ def hold_lease(folder: str, job: str, *, on_lost: Callable[[], None] | None = No
     """Holds the lease on `folder` (any URI) inside the block.
 
     Args:
-        job: name of the job for the message to others, such as `jobs/train.py`.
-        on_lost: called if another job took the lease over, for example after this process was suspended; by default
-            sends SIGTERM to this process.
+        job: name of the job in messages, such as `jobs/train.py`.
+        on_lost: called if another job took the lease over, as after a suspension; by default sends SIGTERM to this
+            process.
 
     Raises:
         LeaseHeldError: if another job holds it.

@@ -153,7 +153,6 @@ class RayMetrics:
             self._metrics[name].inc(amount, tags=tags)
 
     def observe(self, name: str, value: float, **tags: str) -> None:
-        """Adds a value to a histogram."""
         self._metrics[name].observe(value, tags=tags)
 
     def report(self, values: Mapping[str, float]) -> None:

@@ -25,7 +25,7 @@ def run_as_task(
 
     Args:
         function: of a module, with arguments that can be pickled.
-        resources: CPU, GPU, memory (bytes) and custom resources of Ray; CPU is 0 if it is not named.
+        resources: CPU (default 0), GPU, memory (bytes) and custom resources of Ray.
         wanted_by, way_out: see `check_cluster_can_give`.
         folders: configuration key -> folder that the task must share with this process.
 

@@ -131,7 +131,6 @@ class Ablation:
 
 
 def run_plans(options: argparse.Namespace) -> JobResult:
-    """Runs the rows that are not finished; writes and reports the table."""
     ablation, rows = _plan(options)
     missing = [row for row in rows if read_row(ablation, row) is None]
     if missing:
@@ -173,7 +172,6 @@ def _plan(options: argparse.Namespace) -> tuple[Ablation, list[str]]:
 
 
 def do_row(ablation: Ablation, row: str, environment: Mapping[str, str]) -> None:
-    """Trains and evaluates one row, and writes its outcome."""
     training, evaluation = ablation.row_training(row), ablation.row_evaluation(row)
     _announce(f"row {row}: {ROWS[row]}")
     _run("train", ablation, training["name"], training, environment)

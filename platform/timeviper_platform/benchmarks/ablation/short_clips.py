@@ -56,7 +56,6 @@ class ShortClips:
 
     @property
     def samples(self) -> str:
-        """SAMPLES file."""
         return str(self.folder / "samples.parquet")
 
     @property

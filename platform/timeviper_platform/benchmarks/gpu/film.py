@@ -76,7 +76,7 @@ def film_rows(
         film: None = `clip` repeated `repetitions` times.
         num_decoders: threads; None = one per CPU.
         batch_frames: frames sampled and encoded together.
-        peak: peak FLOP/s; None = that of the device. An unknown device has no MFU row.
+        peak: FLOP/s; None = the device's. Unknown devices have no MFU.
     """
     size = size or TowerSize()
     encode = _encoder(size, device, batch_frames)

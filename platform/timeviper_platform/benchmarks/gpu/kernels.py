@@ -112,7 +112,6 @@ def pairs(text: HybridConfig, num_tokens: int, device: torch.device) -> Iterator
 
 
 def largest_error(pair: Pair) -> float:
-    """Largest ||kernel - torch|| / ||torch|| over outputs and gradients."""
     found, expected = (_values(run, pair.operands) for run in (pair.kernel, pair.torch))
     return max(
         float((ours.double() - theirs.double()).norm() / theirs.double().norm())
@@ -121,7 +120,6 @@ def largest_error(pair: Pair) -> float:
 
 
 def _values(run: Callable[..., Sequence[Tensor]], operands: tuple[Tensor, ...]) -> list[Tensor]:
-    """Outputs, and gradients of their randomly weighted sum."""
     outputs = run(*operands)
     generator = torch.Generator(device=operands[0].device).manual_seed(1)
     weights = [torch.randn(out.shape, generator=generator, device=out.device) for out in outputs]

@@ -41,11 +41,7 @@ def _film_rows(device: torch.device, film: Path | None) -> list[Row]:
 
 
 def require_cuda() -> torch.device:
-    """The CUDA device.
-
-    Raises:
-        RuntimeError: if there is none.
-    """
+    """Raises RuntimeError if there is none."""
     if not torch.cuda.is_available():
         raise RuntimeError(
             f"the gpu suite needs a CUDA device, and torch {torch.__version__} sees none; run it on a machine with one"

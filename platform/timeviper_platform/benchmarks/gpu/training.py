@@ -55,7 +55,7 @@ def training_rows(
     Args:
         config: model, trained completely with activation checkpointing.
         num_tokens: tokens per pack.
-        peak: peak FLOP/s; None = that of the device. An unknown device has no MFU.
+        peak: FLOP/s; None = the device's. Unknown devices have no MFU.
     """
     model, words = make_model(config, device)
     model.train().requires_grad_(True)
@@ -105,7 +105,6 @@ def _padded(sample: Sample, num_pads: int) -> Sample:
 def _batches(
     samples: Sequence[Sample], config: TimeViperConfig, device: torch.device, *, together: bool
 ) -> list[PackedBatch]:
-    """The samples as one pack, or one by one, with the same features."""
     features = [
         torch.randn(sample.num_vision_tokens, config.vision.row_size, generator=torch.Generator().manual_seed(number))
         for number, sample in enumerate(samples)
@@ -116,7 +115,6 @@ def _batches(
 
 
 def _step(model: TimeViper, batches: Sequence[PackedBatch]) -> float:
-    """Forward and backward over all batches; returns the loss."""
     model.zero_grad(set_to_none=True)
     losses = []
     for batch in batches:

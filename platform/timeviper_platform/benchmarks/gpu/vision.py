@@ -52,7 +52,7 @@ def vision_rows(
 
     Args:
         num_batches: batches per measured pass.
-        peak: peak FLOP/s; None = that of the device. An unknown device has no MFU row.
+        peak: FLOP/s; None = the device's. Unknown devices have no MFU.
     """
     size = size or TowerSize()
     encoder = make_tower(size, device)

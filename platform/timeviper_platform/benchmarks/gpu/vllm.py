@@ -66,7 +66,6 @@ def vllm_rows(
 
 
 def huggingface_config(config: TimeViperConfig) -> dict[str, Any]:
-    """config.json of the language model as vLLM expects it."""
     from timeviper_model.weights.families import (
         text_config_to_dict,  # imports pydantic, which the rest of the suite does not need
     )

@@ -74,7 +74,6 @@ def _slots_row(model: TimeViper, batch: int, num_steps: int, repeats: int) -> Ro
 
 
 def _decoding(model: TimeViper, batch: int, num_new: int, num_steps: int, *, gaps: bool) -> Callable[[], None]:
-    """Decodes `num_steps` tokens of half the slots of a new engine."""
     engine = InferenceEngine(model, EngineConfig(num_slots=batch, max_new_tokens=num_new))
     engine.end_token_ids = frozenset()
     ids = [

@@ -46,7 +46,6 @@ def generate_rows(
 
 
 def make_pair(width: int) -> tuple[TimeViper, Any]:
-    """Our model and the one of transformers, loaded from one folder."""
     from transformers import NemotronHForCausalLM
     from transformers.utils import logging
 
@@ -65,7 +64,6 @@ def make_pair(width: int) -> tuple[TimeViper, Any]:
 
 
 def answer_with_engine(model: TimeViper, prompts_BT: torch.Tensor, num_new: int) -> list[list[int]]:
-    """Greedy ids of every prompt, all in slots of one engine."""
     batch, length = prompts_BT.shape
     config = EngineConfig(num_slots=batch, max_prompt_tokens=length, max_new_tokens=num_new)
     engine = InferenceEngine(model, config)

@@ -57,7 +57,6 @@ def prefix_rows(*, width: int = WIDTH, num_frames: int = 1024, repeats: int = 5)
 
 
 def answer_question(engine: InferenceEngine, num_frames: int, *, video: str, question: int) -> Answer:
-    """Answers a question about a video; all videos have the same frames."""
     request = Request(
         prompt=video_question(num_frames, seed=question),
         vision_features=lambda: iter_features(num_frames),
@@ -75,7 +74,6 @@ def answer_question(engine: InferenceEngine, num_frames: int, *, video: str, que
 
 
 def make_engine(model: TimeViper, *, prefix_cache_bytes: int) -> InferenceEngine:
-    """An engine with one slot, for any length."""
     config = EngineConfig(num_slots=1, max_prompt_tokens=2**20, prefix_cache_bytes=prefix_cache_bytes)
     engine = InferenceEngine(model, config)
     engine.end_token_ids = frozenset()  # every answer has full length

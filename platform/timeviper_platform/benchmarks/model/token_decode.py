@@ -95,7 +95,6 @@ def _batch_row(config: TimeViperConfig, batch: int, num_steps: int, repeats: int
 
 
 def _decoding(model: TimeViper, context: int, batch: int, num_steps: int) -> Callable[[], None]:
-    """Decodes `num_steps` tokens in every slot of a new cache."""
     cache = model.new_cache(batch, device="cpu", dtype=torch.float32)
     num_text = NUM_SYSTEM + NUM_QUESTION
     for slot in range(batch):

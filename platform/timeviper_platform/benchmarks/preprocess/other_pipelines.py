@@ -2,12 +2,11 @@
 
 All sample the same shuffled clips at 1 fps with the same encoder and write Parquet, as their documentation recommends:
 
-    plain   ray.data.read_videos(fps=1, resize=...) -> map_batches(EncodeFrames) -> write_parquet. decord decodes every
-            frame; fractional CPUs let it read one file per core.
+    plain   ray.data.read_videos(fps=1, resize=...) -> map_batches(EncodeFrames) -> write_parquet; one file per core
     Daft    video_frames(sample_interval_seconds=1), a file per task -> batch class -> write_parquet. Its
-            read_video_frames (0.7.26) decodes in one thread and hangs on two cores with several files.
+            read_video_frames (0.7.26) hangs on two cores with several files.
 
-Rates are those of the middle 60 % of the work, without start-up.
+Rates exclude start-up.
 """
 
 from __future__ import annotations
@@ -174,8 +173,6 @@ def run_ours(clips: Path, output: Path, encoder: VisionTowerConfig) -> Pass:
 
 
 class EncodeFrames:
-    """Encodes batches of frames with their completion times."""
-
     def __init__(self, config: VisionTowerConfig) -> None:
         torch.set_num_threads(1)
         self._encoder = FrameEncoder(config)

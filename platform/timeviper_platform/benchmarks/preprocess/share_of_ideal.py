@@ -1,8 +1,8 @@
 """Compares the rate of preprocessing, fused and split, with the ideal rate of its costs.
 
-The CPU cost of a frame is calibrated between runs, without Ray, on all cores, because a shared machine's speed changes
-by a tenth within minutes. A run's ideal is the mean of the calibrations before and after it, without stolen time. Its
-own share uses the costs of its own frames instead, and so does not show overheads per frame.
+A frame's CPU cost is calibrated between runs, without Ray, on all cores, because a shared machine's speed changes by a
+tenth within minutes. A run's ideal is the mean of the calibrations before and after it. Its own share uses the costs of
+its own frames instead, which hides overheads per frame.
 """
 
 from __future__ import annotations
@@ -222,7 +222,6 @@ def make_tiny_encoder(folder: Path) -> VisionTowerConfig:
 
 
 def link(source: Path, folder: Path, count: int) -> None:
-    """Creates `count` hard links to one file."""
     for number in range(count):
         (folder / f"{number:06d}{source.suffix}").hardlink_to(source)
 

@@ -182,7 +182,6 @@ def _asked(endpoint: Endpoint, medium: Path | str, *, text: str, system: str | N
 
 
 def _new_file(clip: Path, number: int) -> Path:
-    """A file of the same frames that the endpoint has not seen."""
     path = clip.with_name(f"{number}-{clip.name}")
     if not path.exists():
         # an empty box at the end (ISO 14496-12, 8.1.2)

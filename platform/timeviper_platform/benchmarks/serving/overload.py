@@ -117,7 +117,6 @@ async def _overload(
 
 
 async def _watch(endpoint: Endpoint, count: int, timeout_s: float = 180.0) -> float:
-    """Returns when there are `count` engine replicas; infinity if never."""
     deadline = time.perf_counter() + timeout_s
     while time.perf_counter() < deadline:
         if len(await asyncio.to_thread(endpoint.replicas, ENGINE)) == count:

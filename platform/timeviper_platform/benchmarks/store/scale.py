@@ -97,7 +97,6 @@ def upkeep_rows(num_segments: int = NUM_UPKEEP_SEGMENTS, measure: Measure = cost
 
 
 def dry_run_rows(num_media: int = NUM_MEDIA, measure: Measure = cost_elsewhere) -> list[Row]:
-    """Cost of a dry run over a manifest that needs no headers."""
     command = f"{COMMAND} --only dryrun"
     with tempfile.TemporaryDirectory() as folder:
         write_synthetic_manifest(Path(folder, "manifest.parquet"), num_media)
@@ -132,11 +131,7 @@ def write_synthetic_run(store: str, num_segments: int) -> None:
 
 
 def finalize_synthetic_run(store: str, num_segments: int) -> None:
-    """Finalizes the synthetic run.
-
-    Raises:
-        RuntimeError: if the counts are wrong.
-    """
+    """Raises RuntimeError if the counts are wrong."""
     totals = finalize_store(store, _plan_tables(store))
     counts = totals.audit.segments
     if counts.planned != num_segments or counts.ok != num_segments:
@@ -187,11 +182,7 @@ def write_synthetic_manifest(path: Path, num_media: int) -> None:
 
 
 def dry_run(folder: str, num_media: int) -> None:
-    """Dry run of the synthetic manifest.
-
-    Raises:
-        RuntimeError: if the counts are wrong.
-    """
+    """Raises RuntimeError if the counts are wrong."""
     encoder = VisionTowerConfig(model=f"{folder}/encoder", num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8)
     config = PreprocessConfig(input=f"{folder}/manifest.parquet", feature_store=f"{folder}/store", encoder=encoder)
     found = estimate(config)

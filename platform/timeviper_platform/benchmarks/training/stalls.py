@@ -41,11 +41,7 @@ RunJob = Callable[[Path, Mapping[str, str]], None]
 
 
 def run_apart(config: Path, environment: Mapping[str, str]) -> None:
-    """Runs training in its own process.
-
-    Raises:
-        RuntimeError: if it fails.
-    """
+    """Raises RuntimeError if training fails."""
     result = subprocess.run(
         training_command(config), env={**os.environ, **environment}, stdout=subprocess.DEVNULL, check=False
     )

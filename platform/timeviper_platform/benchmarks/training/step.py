@@ -77,7 +77,6 @@ def step_rows(
 
 
 def run_apart(values: dict[str, Any], steps_per_block: int) -> Pairs:
-    """Pairs of one run in its own process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_run, (values, steps_per_block))
 
@@ -146,8 +145,6 @@ class BareLoop:
 
 
 class Clock(NamedTuple):
-    """A point in time, or a difference of two."""
-
     wall_s: float
     cpu_s: float
     """CPU time of all threads of this process."""

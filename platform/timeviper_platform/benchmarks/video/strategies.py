@@ -44,7 +44,6 @@ def sample_selectively(path: Path, times: Sequence[Fraction], image_size: int) -
 
 
 def sample_sequentially(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
-    """Decodes every frame from the start."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
@@ -52,7 +51,6 @@ def sample_sequentially(path: Path, times: Sequence[Fraction], image_size: int) 
 
 
 def sample_by_seeking(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
-    """Seeks to the keyframe before each time and decodes from there."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"

@@ -269,7 +269,7 @@ def _every_second(path: Path) -> list[Fraction]:
 
 
 def _run(strategy: Strategy, path: Path, times: Sequence[Fraction], image_size: int) -> None:
-    """Runs a strategy. Raises RuntimeError if frames are missing."""
+    """Raises RuntimeError if frames are missing."""
     num_frames = _num_frames(strategy, path, times, image_size)
     if num_frames != len(times):
         raise RuntimeError(f"{strategy.__name__} gave {num_frames} of {len(times)} frames of {path}")

@@ -117,7 +117,6 @@ def _decoders_for(num_encoders: int, seconds: tuple[float, float]) -> int:
 
 
 def plan_on_ray(pages: Iterable[list[Medium]], spec: PlanSpec) -> Iterator[pa.Table]:
-    """Plans with a Ray task per page."""
     import ray
 
     with connect():

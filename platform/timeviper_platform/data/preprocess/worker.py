@@ -26,8 +26,6 @@ from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSpec:
-    """Everything a worker process needs to run."""
-
     feature_store: str
     recipe_hash: str
     encoder: VisionTowerConfig

@@ -56,10 +56,7 @@ class MediaInfo:
         """Returns ascending indices of the frames with sampling times in [start_seconds, end_seconds), thinned.
 
         Args:
-            max_frames: None = all.
             frame_selection: see `select_frames`.
-            start_seconds: None = the beginning.
-            end_seconds: None = the end.
             fps: maximum frame rate, applied first.
 
         Raises:
@@ -172,11 +169,10 @@ class FeatureStore:
         return self._infos(media_id)
 
     def read(self, media_id: str, frames: Sequence[int] | None = None) -> MediaFeatures:
-        """Reads the features of some or all frames.
+        """Reads features.
 
         Args:
-            media_id: one of `media_ids`.
-            frames: ascending indices; may repeat.
+            frames: ascending indices, which may repeat; None = all.
 
         Raises:
             KeyError: if the store does not have the medium.

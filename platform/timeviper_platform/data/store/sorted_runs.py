@@ -42,7 +42,6 @@ class SortedRuns:
             self._spill()
 
     def runs(self) -> list[Iterator[pa.Table]]:
-        """Returns an iterator of batches per run."""
         self._spill()
         return [_batches(path) for path in self._paths]
 

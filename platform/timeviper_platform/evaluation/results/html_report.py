@@ -69,7 +69,7 @@ def html_report(
 
     Args:
         report: of `score_answers`.
-        feature_store: names the video files, whose frames are decoded again for the examples.
+        feature_store: names the video files, from which the examples' frames are decoded.
     """
     title = f"{report['title']}: scores"
     settings = ("weights", "feature_store", "prompts", "subtitles", "max_frames")

@@ -260,7 +260,6 @@ class FeatureService:
         return True
 
     def gauges(self) -> dict[str, float]:
-        """Returns the current values of metrics."""
         return {"stored_media": self._num_stored, "ongoing": len(self._ongoing), "cache_bytes": self._kept_bytes}
 
     async def close(self) -> None:

@@ -72,7 +72,6 @@ class Answers:
         return self._current.config
 
     async def chat_completions(self, request: Request) -> Response:
-        """Answers a conversation, whole or streamed."""
         parse = partial(parse_chat_request, max_parts=self._config.max_parts_per_request)
         chat = await self._bodies.parsed(request, parse)
         completion = _completion_of(chat)

@@ -66,7 +66,6 @@ class GatewayMetrics:
         self._sink.observe("first_text_seconds", seconds)
 
     def add_usage(self, usage: Mapping[str, Any]) -> None:
-        """Counts the tokens of OpenAI's usage object."""
         self._add("prompt_tokens", usage["prompt_tokens"])
         self._add("cached_prompt_tokens", usage["prompt_tokens_details"]["cached_tokens"])
         self._add("completion_tokens", usage["completion_tokens"])

@@ -88,7 +88,6 @@ class Completion:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all answers have ended."""
         return all(deltas and deltas[-1].finish_reason is not None for deltas in self._deltas)
 
     def response(self) -> dict[str, Any]:

@@ -306,7 +306,6 @@ def _schema(model: type[BaseModel] | None) -> dict[str, Any]:
 
 
 def document(api: FastAPI) -> dict[str, Any]:
-    """Returns the document, computed once."""
     if api.openapi_schema is None:
         schema = get_openapi(title=api.title, version="1", routes=api.routes)
         _, models = models_json_schema([(model, "validation") for model in _MODELS], ref_template=_REF)

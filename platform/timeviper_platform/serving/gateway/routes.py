@@ -188,7 +188,6 @@ class _Gateway:
         return self._model()
 
     async def create_job(self, request: Request) -> Response:
-        """Answers questions about a video in the background."""
         new = validated(NewJob, await self._bodies.parsed(request, parse_object))
         self.answers.check_model(new.model)
         return await self.jobs.create(new, request.state.tenant, request.state.key)

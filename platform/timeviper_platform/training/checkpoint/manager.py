@@ -120,7 +120,6 @@ class Checkpoints:
     def snapshot(
         self, ds_engine: Any, state: TrainState, groups: Sequence[ParameterGroup], model: dict[str, Any]
     ) -> Snapshot:
-        """Copies this rank's state."""
         return Snapshot(
             tag=_tag(state.global_step),
             global_step=state.global_step,

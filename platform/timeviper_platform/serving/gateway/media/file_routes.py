@@ -65,7 +65,6 @@ class FileRoutes:
         return record.to_json()
 
     async def create_upload(self, request: Request) -> dict[str, Any]:
-        """Begins an upload in parts."""
         values = await self._bodies.parsed(request, parse_object)
         upload = validated(UploadRequest, values)
         create = partial(self._uploads.create, max_total_bytes=_max_stored_bytes(request))
@@ -77,7 +76,6 @@ class FileRoutes:
             return await asyncio.to_thread(add, request.state.tenant, upload_id, file.file)
 
     async def complete_upload(self, request: Request, upload_id: str) -> dict[str, Any]:
-        """Joins the parts to a file."""
         parts = validated(CompleteRequest, await self._bodies.parsed(request, parse_object)).part_ids
         complete = partial(self._uploads.complete, max_total_bytes=_max_stored_bytes(request))
         return await asyncio.to_thread(complete, request.state.tenant, upload_id, parts)
