@@ -165,6 +165,7 @@ def build_application(
     gateway_options = deployments.gateway.options(
         capacity=MAX_GATEWAY_REQUESTS,
         served_at_once=GATEWAY_TARGET,
+        surge_percent=100,
         shutdown_timeout_s=config.shutdown_timeout_s("gateway"),
     )
 

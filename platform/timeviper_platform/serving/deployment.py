@@ -47,10 +47,23 @@ class DeploymentSettings:
     graceful_shutdown_timeout_s: float | None = None
     """Seconds for running requests when a replica stops; None = 30 more than gateway.request_timeout_s, so that an
     update cuts no answer."""
+    max_surge_percent: int | None = None
+    """Extra replicas during an update, in percent, which start before old ones stop; None = 100 for gateways, else 0,
+    as an update would wait for free GPUs."""
     autoscaling: AutoscalingSettings = field(default_factory=AutoscalingSettings)
 
+    def __post_init__(self) -> None:
+        if self.max_surge_percent is not None and not 0 <= self.max_surge_percent <= 100:
+            raise ValueError(f"{self.max_surge_percent = } must be between 0 and 100")
+
     def options(
-        self, *, capacity: int, served_at_once: int, shutdown_timeout_s: float, has_sessions: bool = False
+        self,
+        *,
+        capacity: int,
+        served_at_once: int,
+        shutdown_timeout_s: float,
+        surge_percent: int = 0,
+        has_sessions: bool = False,
     ) -> dict[str, Any]:
         """Returns keyword arguments for `serve.deployment`.
 
@@ -58,6 +71,7 @@ class DeploymentSettings:
             capacity: running and waiting requests per replica.
             served_at_once: running requests per replica.
             shutdown_timeout_s: seconds for running requests when a replica stops.
+            surge_percent: where `max_surge_percent` is None.
             has_sessions: whether requests of a session go to one replica, or to its neighbours while it is full.
         """
         scaling = self.autoscaling
@@ -70,6 +84,7 @@ class DeploymentSettings:
             "max_queued_requests": self.max_queued_requests,
             "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
             "graceful_shutdown_timeout_s": shutdown_timeout_s,
+            "max_surge_percent": surge_percent if self.max_surge_percent is None else self.max_surge_percent,
             "max_constructor_retry_count": 2,  # the default of 20 hides a wrong configuration for minutes
             "autoscaling_config": {
                 "min_replicas": scaling.min_replicas,

@@ -138,9 +138,19 @@ def test_every_stopping_replica_waits_for_the_longest_answer(path: Path) -> None
     limits = {bound.name: bound._deployment_config.graceful_shutdown_timeout_s for bound in (gateway, *others)}
     longest = args["gateway"]["request_timeout_s"]
     assert limits == dict.fromkeys(("gateway", "features", "engine"), longest + 30)
+    surges = [bound._deployment_config.max_surge_percent for bound in (gateway, *others)]
+    assert surges == [100, 0, 0]  # a new gateway is there before the old one ends; others may lack a GPU
+    args["deployments"]["engine"]["max_surge_percent"] = 100
+    engine = build(args)._bound_deployment.init_args[3]._bound_deployment
+    assert engine._deployment_config.max_surge_percent == 100
     args["deployments"]["engine"]["graceful_shutdown_timeout_s"] = 7.0
     config = parse_config(ServeConfig, args)
     assert [config.shutdown_timeout_s(name) for name in ("engine", "gateway")] == [7.0, longest + 30]
+
+
+def test_a_surge_is_a_percentage() -> None:
+    with pytest.raises(ValueError, match="between 0 and 100"):
+        DeploymentSettings(max_surge_percent=200)
 
 
 @pytest.mark.parametrize("values", [{"min_replicas": 3}, {"look_back_period_s": 1.0}, {"max_replicas": 0}])
