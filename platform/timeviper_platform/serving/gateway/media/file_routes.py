@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +40,8 @@ from timeviper_platform.serving.messages import (
 
 T = TypeVar("T")
 
+MAX_AT_ONCE = 16
+"""Uploads that a gateway stores at once; others wait."""
 MAX_VIDEOS = 1000
 """Stored media per page."""
 
@@ -49,6 +53,7 @@ class FileRoutes:
         self._store = store
         self._bodies = bodies
         root = current.config.media_root
+        self._threads = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="upload")  # slow storage holds up no chats
         self._uploads = ChunkedUploads(root, store, lambda: current.config.max_upload_bytes)
 
     async def create_file(self, request: Request) -> dict[str, object]:
@@ -61,7 +66,7 @@ class FileRoutes:
                 expires_after_s=_expires_after(form),
                 max_total_bytes=_max_stored_bytes(request),
             )
-            record = await asyncio.to_thread(put, request.state.tenant, file.file)
+            record = await self._run(put, request.state.tenant, file.file)
         return record.to_json()
 
     async def create_upload(self, request: Request) -> dict[str, Any]:
@@ -73,12 +78,12 @@ class FileRoutes:
     async def add_upload_part(self, request: Request, upload_id: str) -> dict[str, Any]:
         async with form_file(request, "data") as (_, file):
             add = partial(self._uploads.add_part, max_total_bytes=_max_stored_bytes(request))
-            return await asyncio.to_thread(add, request.state.tenant, upload_id, file.file)
+            return await self._run(add, request.state.tenant, upload_id, file.file)
 
     async def complete_upload(self, request: Request, upload_id: str) -> dict[str, Any]:
         parts = validated(CompleteRequest, await self._bodies.parsed(request, parse_object)).part_ids
         complete = partial(self._uploads.complete, max_total_bytes=_max_stored_bytes(request))
-        return await asyncio.to_thread(complete, request.state.tenant, upload_id, parts)
+        return await self._run(complete, request.state.tenant, upload_id, parts)
 
     async def cancel_upload(self, request: Request, upload_id: str) -> dict[str, Any]:
         return await asyncio.to_thread(self._uploads.cancel, request.state.tenant, upload_id)
@@ -130,6 +135,9 @@ class FileRoutes:
         if not await asyncio.to_thread(self._store.delete, request.state.tenant, file_id):
             raise no_such_file("file_id")
         return {"id": file_id, "object": "file", "deleted": True}
+
+    async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     async def _record(self, request: Request, file_id: str) -> FileRecord:
         record = await asyncio.to_thread(self._store.get, request.state.tenant, file_id)

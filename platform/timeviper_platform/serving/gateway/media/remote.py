@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, NoReturn
@@ -42,6 +43,8 @@ _CHUNK_BYTES = 1 << 18
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 TENANT = "_downloads"
 """Folder of downloads; no key's tenant can have this name."""
+MAX_AT_ONCE = 16
+"""Files at addresses that a gateway reads at once; others wait."""
 MAX_HASHES = 4096
 """Maximum local files with cached hashes."""
 KEPT_LONGER_S = 600.0
@@ -257,7 +260,10 @@ class Addresses:
         self._keep_s = config.remote.keep_s
         self._store = store
         self._fetcher = fetcher or RemoteFetcher(config.remote)
-        self._files: dict[tuple[str, str], tuple[float, asyncio.Task[MediaFile]]] = {}
+        self._threads = ThreadPoolExecutor(
+            MAX_AT_ONCE, thread_name_prefix="address"
+        )  # slow sites hold up no other work
+        self._files: dict[tuple[str, str], tuple[float, asyncio.Future[MediaFile]]] = {}
         """By tenant and address, because the time of an answer would reveal other tenants' media."""
 
     async def check(self, url: str, param: str) -> MediaAddress:
@@ -279,17 +285,18 @@ class Addresses:
             ApiError: as RemoteFetcher.fetch, and 415 for other content.
         """
         if not address.uri.startswith(HTTPS):
-            return await asyncio.to_thread(_local_file, address.uri, param)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, _local_file, address.uri, param)
         now, key = time.monotonic(), (tenant, address.uri)
         self._files = {key: kept for key, kept in self._files.items() if kept[0] > now}
         kept = self._files.get(key)
         if kept is None:
-            task = asyncio.create_task(asyncio.to_thread(self._download, address.uri, param))
+            loop = asyncio.get_running_loop()
+            task = loop.run_in_executor(self._threads, self._download, address.uri, param)
             kept = self._files[key] = now + self._keep_s, task
             task.add_done_callback(lambda done: self._forget(key, done))
         return await asyncio.shield(kept[1])  # others may wait for it
 
-    def _forget(self, key: tuple[str, str], done: asyncio.Task[MediaFile]) -> None:
+    def _forget(self, key: tuple[str, str], done: asyncio.Future[MediaFile]) -> None:
         if (done.cancelled() or done.exception() is not None) and self._files.get(key, (0, None))[1] is done:
             del self._files[key]
 

@@ -358,6 +358,30 @@ def test_a_download_is_shared_kept_and_then_read_again(site: Site, tmp_path: Pat
     assert site.server.paths.count("/shared.png") == 2  # time tells nobody what others have asked about
 
 
+def test_slow_sites_hold_up_no_other_work(tmp_path: Path) -> None:
+    """Before, they took the threads that also look up files and read data: URIs, for a minute."""
+    go = threading.Event()
+
+    class Slow(RemoteFetcher):
+        def fetch(self, url: str, file: Any, param: str) -> None:
+            go.wait(20)
+            file.write(PNG)
+
+    async def scenario() -> None:
+        fetcher = Slow(RemoteMedia(allowed_domains=(HOST,)))
+        addresses = Addresses(GatewayConfig(), MediaStore(str(tmp_path)), fetcher)
+        urls = [f"https://{HOST}/{number}" for number in range(50)]
+        loads = [asyncio.ensure_future(addresses.load(MediaAddress(uri=url), "a", "p")) for url in urls]
+        await asyncio.sleep(0.1)
+        try:
+            assert await asyncio.wait_for(asyncio.to_thread(lambda: 7), 5) == 7
+        finally:
+            go.set()
+        assert len({file.sha256 for file in await asyncio.gather(*loads)}) == 1
+
+    asyncio.run(scenario())
+
+
 def test_a_failed_download_is_tried_again(site: Site, tmp_path: Path) -> None:
     url = site.put("/late.png", b"", 503)
 
