@@ -54,6 +54,7 @@ class Features:
         self.deep = False
         self.stored = [stored_medium(media_id) for media_id in ("films/a", "films/b", "known")]
         self.known_addresses: set[str] = set()
+        self.num_frames = 2
 
     async def features(
         self,
@@ -74,7 +75,7 @@ class Features:
         return FeatureReference(
             key="k",
             ref=None,
-            num_frames=2,
+            num_frames=self.num_frames,
             num_tokens_per_frame=4,
             modality="video",
             duration_seconds=2.0,

@@ -86,6 +86,7 @@ class Answers:
     ) -> dict[str, Any]:
         """Returns a whole answer, without a deadline."""
         self.check_model(chat.model)
+        self._quotas.require_frames(key)
         generate = await self._preparation.prepare(chat, tenant, note=note)
         self._quotas.add_frames(key, total := generate.num_frames)
         note(FeatureProgress(stage="answering", frames_done=total, frames_total=total))
@@ -116,6 +117,8 @@ class Answers:
     async def _start(self, chat: ChatCompletionRequest, completion: Completion, request: Request) -> _Running:
         """Returns the answers once the first text has arrived, so that refusals have their own status."""
         self.check_model(chat.model)
+        if chat.has_media:
+            self._quotas.require_frames(request.state.key)
         began = asyncio.get_running_loop().time()
         deadline = began + self._config.request_timeout_s
         with self._timed():

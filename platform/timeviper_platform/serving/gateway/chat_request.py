@@ -281,6 +281,11 @@ class ChatCompletionRequest(BaseModel):
     max_frames: int | None = Field(default=None, ge=1)
     response_format: ResponseFormat | None = None
 
+    @property
+    def has_media(self) -> bool:
+        lists = (message.content for message in self.messages if not isinstance(message.content, str))
+        return any(not isinstance(part, TextPart | RefusalPart) for parts in lists for part in parts)
+
     def stop_texts(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 

@@ -104,7 +104,7 @@ class Quotas:
         """Counts a request while it runs.
 
         Raises:
-            ApiError: 429 when the key has too many requests at once or in the last minute, or no frames left.
+            ApiError: 429 when the key has too many requests at once or in the last minute.
         """
         if key is None:
             yield
@@ -112,8 +112,6 @@ class Quotas:
         quota, ongoing = key.quota, self._ongoing.get(key.sha256, 0)
         if quota.max_concurrent_requests is not None and ongoing >= quota.max_concurrent_requests:
             raise _exceeded(f"{quota.max_concurrent_requests} requests at once", 1.0)
-        if (frames := self._bucket(key, "frames", quota.frames_per_minute)) and frames.level <= 0:
-            raise _exceeded(f"{quota.frames_per_minute} frames per minute", frames.wait_s(1))
         if requests := self._bucket(key, "requests", quota.requests_per_minute):
             if requests.level < 1:
                 raise _exceeded(f"{quota.requests_per_minute} requests per minute", requests.wait_s(1))
@@ -123,6 +121,14 @@ class Quotas:
             yield
         finally:
             self._ongoing[key.sha256] -= 1
+
+    def require_frames(self, key: ApiKey | None) -> None:
+        """Raises ApiError 429 when the key has no frames left."""
+        if key is None:
+            return
+        per_minute = key.quota.frames_per_minute
+        if (frames := self._bucket(key, "frames", per_minute)) and frames.level <= 0:
+            raise _exceeded(f"{per_minute} frames per minute", frames.wait_s(1))
 
     def add_frames(self, key: ApiKey | None, num_frames: int) -> None:
         """Charges a request's frames. The last request may exceed what is left; later ones wait for it."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reference.synthetic_gateway import PNG, Server, check_error, keys
+from timeviper_platform.serving.gateway.config import Quota
 from timeviper_platform.serving.messages import Refusal
 
 
@@ -103,6 +105,22 @@ def test_a_busy_or_absent_service_is_tried_again_and_other_errors_end_the_job(se
         assert wait(server, job["id"], has_ended)["status"] == "completed"
         lost = wait(server, post(server, video="feature://none").json()["id"], has_ended)
         assert (lost["status"], lost["error"]["code"], lost["answers"]) == ("failed", "media_not_found", [])
+
+
+def test_a_jobs_questions_wait_for_the_keys_frames(tmp_path: Path) -> None:
+    """Before, one job could ask about any number of frames, and left nothing for hours to come."""
+    (key,) = keys("a")
+    quota = Quota(frames_per_minute=120)  # two are back in a second
+    server = Server(tmp_path, api_keys=(replace(key, quota=quota),))
+    server.features.num_frames = 121
+    server.http.headers["Authorization"] = "Bearer key-a"
+    with server.http:
+        job = post(server).json()
+        running = wait(server, job["id"], lambda job: job["progress"]["questions_done"] == 1)
+        assert running["status"] == "running"
+        assert len(server.engine.requests) == 1
+        assert wait(server, job["id"], has_ended)["status"] == "completed"
+        assert len(server.engine.requests) == 2
 
 
 def test_a_job_that_no_question_could_be_asked_with_is_refused_at_once(tmp_path: Path) -> None:

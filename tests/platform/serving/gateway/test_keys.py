@@ -86,11 +86,15 @@ def test_frames_are_charged_when_they_are_known(tmp_path: Path, clock: Callable[
     server = with_quota(tmp_path, frames_per_minute=3)
     for _ in range(2):  # 2 frames each; the last may exceed what is left
         assert server.chat(video("feature://known"), key="key-a").status_code == 200
-    refused = server.chat(key="key-a")
+    refused = server.chat(video("feature://known"), key="key-a")
     check_error(refused, 429, "rate_limit_exceeded")
     assert refused.headers["retry-after"] == "40"
-    clock(40)
+    # before, nothing else could be asked or cancelled either
     assert server.chat(key="key-a").status_code == 200
+    for path in ("/v1/models", "/v1/jobs", "/v1/files"):
+        assert server.http.get(path, headers={"Authorization": "Bearer key-a"}).status_code == 200
+    clock(40)
+    assert server.chat(video("feature://known"), key="key-a").status_code == 200
 
 
 def test_requests_at_once_are_counted_until_their_answers_end(tmp_path: Path) -> None:
