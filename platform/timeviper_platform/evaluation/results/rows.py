@@ -66,7 +66,7 @@ def _expected(question: BenchmarkQuestion) -> str:
 
 def _choice(spec: Benchmark, question: BenchmarkQuestion, answer: BenchmarkAnswer) -> dict[str, Any]:
     labels = {
-        "official": official_label(spec, question, answer.answer),
+        "official": official_label(spec, question, answer),
         "strict": strict_label(question, answer.answer),
         "likelihood": likeliest_label(question, answer),
     }

@@ -139,11 +139,11 @@ def judged(question: BenchmarkQuestion, caption: str, known: Mapping[str, str]) 
 
 
 def _choice_scorers(spec: Benchmark, asked: _Asked) -> list[_Scorer]:
-    official = [pair for pair in asked if pair[1].answer or not spec.drops_empty]
+    official = [(q, a) for q, a in asked if a.answer or a.status == "failed" or not spec.drops_empty]
     rules = [rule for rule in OTHER_RULES if rule != spec.letter_rule]
     likelihood = [(question, answer) for question, answer in asked if answer.option_log_probs]
     return [
-        _Scorer("official", [_choice(q, official_label(spec, q, a.answer), q.answers[:1]) for q, a in official]),
+        _Scorer("official", [_choice(q, official_label(spec, q, a), q.answers[:1]) for q, a in official]),
         _Scorer("strict", [_choice(q, strict_label(q, a.answer), q.answers) for q, a in asked]),
         _Scorer("likelihood", [_choice(q, likeliest_label(q, a), q.answers) for q, a in likelihood]),
         *(
@@ -154,10 +154,12 @@ def _choice_scorers(spec: Benchmark, asked: _Asked) -> list[_Scorer]:
     ]
 
 
-def official_label(spec: Benchmark, question: BenchmarkQuestion, answer: str) -> str | None:
+def official_label(spec: Benchmark, question: BenchmarkQuestion, answer: BenchmarkAnswer) -> str | None:
+    if answer.status == "failed":  # some rules draw a letter for an empty answer
+        return None
     if task := question.details.get("tempcompass"):
-        return tempcompass.official_label(task, answer, question.labels, question.options)
-    return find_letter(spec.letter_rule, answer, question.options)
+        return tempcompass.official_label(task, answer.answer, question.labels, question.options)
+    return find_letter(spec.letter_rule, answer.answer, question.options)
 
 
 def strict_label(question: BenchmarkQuestion, answer: str) -> str | None:

@@ -165,6 +165,18 @@ def test_missing_videos_are_in_no_score_and_failed_questions_are_wrong(tmp_path:
     assert headline(report, "whole", "strict") is None
 
 
+@pytest.mark.parametrize("name", ["longvideobench", "egoschema", "mvbench"])
+def test_failed_questions_are_wrong_where_public_scorers_guess_or_drop_empty_answers(
+    tmp_path: Path, name: BenchmarkName
+) -> None:
+    questions = _questions(name, tmp_path)
+    answers = [answered(question, "", status="failed") for question in questions]
+    official = score_answers(name, answers)["protocols"]["paper"]["scorers"]["official"]
+    first = next(iter(official["metrics"].values()))
+    assert (first["score"], first["num_questions"]) == (0, len(questions))
+    assert {row["official"] for row in answer_rows(name, answers)} == {None}
+
+
 def test_likelihood_is_a_score_of_its_own(tmp_path: Path) -> None:
     questions = _questions("videomme", tmp_path)
     answers = [answered(question, "?", log_probs=(-1.0, -3.0, -2.0, -9.0)) for question in questions]
