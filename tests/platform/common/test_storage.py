@@ -13,6 +13,7 @@ import s3fs
 from reference.faulty_s3 import Faults, s3_server
 from reference.hiccups import HiccupFileSystem
 from timeviper_platform.common import storage
+from timeviper_platform.common.listing import list_files
 
 
 def test_json_round_trip_and_listing(tmp_path: Path) -> None:
@@ -199,3 +200,15 @@ def test_a_forbidden_path_reads_the_credentials_again_only_once(profile: tuple[F
         with pytest.raises(PermissionError, match=r"s3://bucket/secret: .*credentials that may use it"):
             storage.read_bytes("s3://bucket/secret")
     assert sum(path.endswith("/secret") for _, path, _ in faults.requests) == 4
+
+
+def test_a_remote_folder_that_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec's `walk` leaves it out."""
+    monkeypatch.setenv(storage.FIRST_WAIT_VARIABLE, "0")
+    for name in ("a/1.mp4", "b/2.mp4"):
+        storage.write_bytes(f"{tmp_path}/{name}", b"")
+    uri = f"hiccup://{tmp_path}"
+    assert [Path(file.uri).name for file in list_files(uri).files] == ["1.mp4", "2.mp4"]
+    monkeypatch.setattr(HiccupFileSystem, "broken", {"/b"})
+    with pytest.raises(OSError, match="hiccups"):
+        list(list_files(uri).files)

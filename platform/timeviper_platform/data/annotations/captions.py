@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from timeviper_platform.common import storage
-from timeviper_platform.common.listing import list_files
+from timeviper_platform.common.listing import FileEntry, list_files
 from timeviper_platform.common.storage import open_file
 from timeviper_platform.data.annotations.rows import BadRow, Labels, Row, read_lines
 from timeviper_platform.data.inputs.tables import text_rows
@@ -43,7 +43,7 @@ def convert_pixelprose(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
     """The URL is the medium."""
     index = 0
     columns = ["uid", "url", "status", "vlm_caption"]
-    for found in list_files(uri).files:
+    for found in _readable(list_files(uri).files):
         with open_file(found.uri) as file:
             for batch in pq.ParquetFile(file).iter_batches(columns=columns):
                 for row in text_rows(batch):
@@ -55,7 +55,7 @@ def convert_webdataset(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
     """Yields one sample per medium, named TAR/MEMBER."""
     root, files = list_files(uri)
     index = 0
-    for found in files:
+    for found in _readable(files):
         if not found.uri.lower().endswith(".tar"):
             continue
         for group in _groups(found.uri):
@@ -69,6 +69,14 @@ def convert_webdataset(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
                 name = f"{found.uri[len(root) :].lstrip('/')}/{member}"
                 yield _captioned(index, key, name, caption, INSTRUCTION, labels)
                 index += 1
+
+
+def _readable(files: Iterable[FileEntry]) -> Iterator[FileEntry]:
+    """Raises OSError at a folder that cannot be listed."""
+    for file in files:
+        if file.fault is not None:
+            raise file.fault
+        yield file
 
 
 def _convert_pixelprose(index: int, row: dict[str, Any], labels: Labels) -> Row | BadRow:

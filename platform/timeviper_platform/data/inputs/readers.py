@@ -96,7 +96,7 @@ class _Scan:
             return self._of_source(FileEntry(uri, None), uri.rpartition("/")[0])
         root, files = list_files(source)
         if is_folder:
-            files = (file for file in files if self._is_taken(file.uri))
+            files = (file for file in files if file.fault is not None or self._is_taken(file.uri))
         return chain.from_iterable(self._of_file(file, root) for file in files)
 
     def _of_source(self, file: FileEntry, root: str) -> Iterator[Medium]:
@@ -114,7 +114,9 @@ class _Scan:
 
     def _of_file(self, file: FileEntry, root: str) -> Iterator[Medium]:
         own_id = media_id_of(file.uri, root)
-        if not is_utf8(file.uri):
+        if file.fault is not None:
+            yield Medium(file.uri, own_id, error=_fault_of(file.uri, file.fault))
+        elif not is_utf8(file.uri):
             message = f"{source_name(file.uri)}: the name is not UTF-8; rename the file"
             yield Medium(file.uri, own_id, error=DecodeError("list", ErrorType.BAD_URI, message))
         elif file.uri.lower().endswith(TAR_SUFFIX):
@@ -164,6 +166,14 @@ def _up_to_error(media: Iterator[Medium], uri: str, own_id: str) -> Iterator[Med
                 raise DecodeError("list", kind, str(error)) from error
     except DecodeError as error:
         yield Medium(uri, own_id, error=DecodeError("list", error.error_type, error.message))
+
+
+def _fault_of(folder: str, fault: OSError) -> DecodeError:
+    try:
+        with decode_errors("list", folder):
+            raise fault
+    except DecodeError as error:
+        return error
 
 
 class _DistinctMedia:

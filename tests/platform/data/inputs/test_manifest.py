@@ -81,9 +81,8 @@ def test_existing_names_win_over_globs(tmp_path: Path) -> None:
     assert [Path(item.uri).name for item in list_media(str(tmp_path / "*" / "*.mp4"))] == ["a::b.mp4", "what?.mp4"]
 
 
-def test_folders_that_cannot_be_listed_are_skipped_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_folders_that_cannot_be_listed_are_error_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They may hold a million videos. Links to themselves or a parent hold none."""
     for name in ("a/1.mp4", "gone/2.mp4", "z.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -98,8 +97,18 @@ def test_folders_that_cannot_be_listed_are_skipped_with_a_warning(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "scandir", refuse)
-        assert [Path(item.uri).name for item in list_media(str(tmp_path))] == ["1.mp4", "z.mp4"]
-    assert f"skipping {tmp_path}/gone: Permission denied" in caplog.text
+        for pattern in ("", "/*/*.mp4", "/**/*.mp4"):
+            found = list_media(f"{tmp_path}{pattern}")
+            assert [Path(item.uri).name for item in found if not item.error][:1] == ["1.mp4"]
+            (gone,) = (item for item in found if item.error)
+            assert (
+                str(gone.error)
+                == f"list: permission_denied: {tmp_path}/gone: [Errno 13] Permission denied: {str(tmp_path / 'gone')!r}"
+            )
+            assert gone.media_id == media_id_of("gone", "")
+        assert [item.uri for item in list_media(f"{tmp_path}/*.mp4")] == [f"{tmp_path}/z.mp4"], "it cannot match there"
+        with pytest.raises(PermissionError, match="gone"):
+            list_media(str(tmp_path / "gone"))
     assert f"skipping {tmp_path}/a/up: a link back" in caplog.text
 
 
