@@ -152,7 +152,7 @@ def test_every_line_is_the_message_of_something_raised() -> None:
     assert [misuse for misuse in MISUSE if misuse not in messages] == []
 
 
-def test_every_line_has_a_meaning_and_a_way_out_and_appears_once() -> None:
+def test_every_line_has_a_meaning_and_a_remedy_and_appears_once() -> None:
     headings = re.findall(r"^## (.+)$", DOCUMENT.read_text("utf-8"), flags=re.MULTILINE)
     rows = [row for heading in headings for row in _rows(heading)]
     assert [row[0] for row in rows if len(row) not in (3, 5) or not all(row)] == []

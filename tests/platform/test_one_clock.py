@@ -28,7 +28,7 @@ from timeviper_platform.serving.messages import ChatTurn, FeatureReference, Stor
 from timeviper_platform.training.batches.samples import FramesConfig, SampleBuilder, TokenizedSample
 
 NTSC = Fraction(30000, 1001)
-"""29.97 frames a second: the frame on screen at t has a PTS up to 33 ms before t."""
+"""29.97 frames per second: the frame on screen at t has a PTS up to 33 ms before t."""
 
 
 class Ntsc(NamedTuple):

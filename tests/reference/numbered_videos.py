@@ -40,7 +40,7 @@ def shown(batch: FrameBatch) -> Shown:
 
 
 def on_screen(ticks: Sequence[int], *, end: int | None = None, first: int = 0, start: int = 0) -> Shown:
-    """What is right at 1 frame a second.
+    """What is right at 1 frame per second.
 
     Args:
         ticks: of 1/25 s; frame i is shown from ticks[i].

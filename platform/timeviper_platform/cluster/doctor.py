@@ -191,10 +191,10 @@ def _temporary_files() -> Iterator[Finding]:
 def _open_files() -> Iterator[Finding]:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= MIN_OPEN_FILES:
-        yield Finding("limits", "ok", f"{soft} open files a process")
+        yield Finding("limits", "ok", f"{soft} open files per process")
     else:
         way_out = f"ulimit -n {MIN_OPEN_FILES} before `ray start`"
-        yield Finding("limits", "warning", f"{soft} open files a process", way_out)
+        yield Finding("limits", "warning", f"{soft} open files per process", way_out)
 
 
 def _token() -> Iterator[Finding]:

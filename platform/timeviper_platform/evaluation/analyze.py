@@ -147,7 +147,7 @@ class _Opened(NamedTuple):
         return self.answerer_of(self.model)
 
     def answered_batches(self, num_questions: int) -> list[PackedBatch]:
-        """The first questions, with their right answers, one per batch."""
+        """Every n-th question with its right answer, one per batch."""
         answerer = self.answerer
         pairs = [
             (prompt, row["answer"])

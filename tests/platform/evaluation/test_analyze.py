@@ -168,6 +168,8 @@ def test_plans_of_the_reduction_table_keep_equally_many_tokens_at_the_end() -> N
     assert "TransV" not in reduction_plans(TINY.text, TINY.transv, 0.5)
     with pytest.raises(ValueError, match=r"set reduction\.keep"):
         reduction_plans(TINY.text, (), None)
+    with pytest.raises(ValueError, match="by attention"):
+        reduction_plans(replace(TINY.text, hybrid_override_pattern="M-M-"), (), 0.5)
 
 
 def test_the_reduction_table_scores_and_times_every_plan(loaded: tuple[Any, Answerer, list[Any]]) -> None:

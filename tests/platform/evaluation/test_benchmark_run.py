@@ -233,7 +233,7 @@ def test_folders_of_frames_become_videos_in_the_manifest(config: EvaluateConfig,
     batch = reader.sample([Fraction(second) for second in (0, 5, 11)])
     reader.close()
     assert batch.pts_seconds.tolist() == [0.0, 5.0, 11.0]
-    assert [round(float(pixels.mean()) / 7) for pixels in batch.frames] == [1, 16, 34], "3 frames a second"
+    assert [round(float(pixels.mean()) / 7) for pixels in batch.frames] == [1, 16, 34], "3 frames per second"
 
     (frames / "00007.jpg").unlink()
     Path(row["uri"]).unlink()

@@ -53,8 +53,8 @@ MEDIA_CHUNK = 32
 LANGUAGE_SEED, IMAGE_SEED, QUESTION_SEED, ENCODER_SEED, FILM_SEED = 1, 2, 3, 4, 5
 """Separate random streams of one corpus seed."""
 
-MAX_ENCODER_FRAMES = 16384
-"""200 MB at the tower's size. With half as many frames the tiny tower overfitted."""
+ENCODER_FRAMES = 16384
+"""Fewer than twice as many are drawn: 400 MB at the tower's size. With half as many the tiny tower overfitted."""
 
 MAX_HELD_OUT_SAMPLES = 48
 HELD_OUT_TASKS = ("choice", "order", "count", "grounding", "caption")
@@ -426,10 +426,10 @@ def _make_encoder(config: CorpusConfig, root: Path, scenes: Sequence[Scene], fil
 def _encoder_frames(
     config: CorpusConfig, scenes: Sequence[Scene], film: str
 ) -> Iterator[tuple[np.ndarray, Picture | None]]:
-    """16 background frames from each of at most MAX_ENCODER_FRAMES / 16 videos, most with a picture drawn on them."""
+    """16 background frames from every n-th video, most with a picture drawn on them."""
     rng = np.random.default_rng([config.seed, ENCODER_SEED])
     num_frames = config.duration_seconds * config.fps
-    for scene in scenes[:: max(1, len(scenes) * 16 // MAX_ENCODER_FRAMES)]:
+    for scene in scenes[:: max(1, len(scenes) * 16 // ENCODER_FRAMES)]:
         chosen = set(rng.choice(num_frames, size=16, replace=False).tolist())
         frames = background_frames(scene.background, num_frames, side=config.side, fps=config.fps, film=film)
         for number, frame in enumerate(frames):

@@ -54,6 +54,8 @@ def reduction_plans(
         raise ValueError("the weights have no TransV site; set reduction.keep")
     end = trained[-1].keep if keep is None else keep
     attention = [layer for layer, kind in enumerate(text.block_types) if kind == "attention"]
+    if not attention:
+        raise ValueError("figure reduction compares plans that select by attention; the weights have no such block")
     first = min((site.layer for site in trained), default=attention[0])
     own = () if keep is not None and (not trained or trained[-1].keep != keep) else tuple(trained)
     none = partial(TransVSite, transfer="none")

@@ -87,7 +87,7 @@ def speed_rows(model: TimeViper, config: SpeedConfig, *, backend: Backend) -> It
 def _models(model: TimeViper, backend: Backend) -> dict[str, TimeViper]:
     text = model.config.text
     if not isinstance(text, HybridConfig) or "M" not in text.hybrid_override_pattern:
-        raise ValueError("figure speed compares a hybrid with a Transformer of its size, but these weights are none")
+        raise ValueError("figure speed compares a hybrid with a Transformer of its size, but these weights are not one")
     weight = model.lm_head.weight
     with torch.device(weight.device):
         twin = TimeViper(transformer_twin(with_plan(model, ()).config)).to(weight.dtype).eval()

@@ -101,7 +101,7 @@ class TimeViperSimple(lmms):
         return [losses[index] for index in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        raise NotImplementedError("timeviper answers one question a request; several rounds need another model")
+        raise NotImplementedError("timeviper answers one question per request; several rounds need another model")
 
     def _doc(self, task: str, split: str, doc_id: int) -> Any:
         return self.task_dict[task][split][doc_id]
@@ -156,7 +156,7 @@ class TimeViperChat(TimeViperSimple):
         system, parts = [], []
         for message in messages.messages:
             if message.role == "assistant":
-                raise ValueError(f"{task}: timeviper answers one question a request, not conversations")
+                raise ValueError(f"{task}: timeviper answers one question per request, not conversations")
             for content in message.content:
                 if message.role == "system":
                     system.append(str(content.text))

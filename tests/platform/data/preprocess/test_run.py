@@ -201,7 +201,7 @@ def test_reported_damage_makes_a_segment_partial_with_its_frames(corpus: Path, t
     assert report.frames == 8
 
 
-def test_a_store_of_an_older_recipe_says_what_changed_and_the_way_out(corpus: Path, tmp_path: Path) -> None:
+def test_a_store_of_an_older_recipe_says_what_changed_and_what_to_do(corpus: Path, tmp_path: Path) -> None:
     config = make_config(corpus, tmp_path / "store")
     recipe = make_recipe(describe_encoder(config.encoder), config)
     StoreWriter.create(config.feature_store, {**recipe, "recipe_version": 2})

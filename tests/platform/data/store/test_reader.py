@@ -350,7 +350,7 @@ def test_features_that_are_not_as_written_are_never_returned(tmp_path: Path, dam
         FeatureStore.open(str(tmp_path)).read("film")
 
 
-def test_every_damaged_file_of_a_store_is_named_with_its_way_out(tmp_path: Path) -> None:
+def test_every_damaged_file_of_a_store_is_named_with_its_remedy(tmp_path: Path) -> None:
     write_store(str(tmp_path), synthetic_media(2), recipe=RECIPE)
     storage.write_bytes(f"{tmp_path}/plan/part-000000.parquet", b"")
     record = f"commits/{next(StoreWriter.open(str(tmp_path)).commits.names())}"

@@ -44,7 +44,7 @@ def expected(path: Path, times: list[Fraction], step: Fraction) -> list[tuple[fl
 
 @pytest.fixture(params=[5, 12, 200])
 def film(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """100 s at 8 frames a second, a keyframe every 5, 12 or 200 frames, B-frames between them."""
+    """100 s at 8 frames per second, a keyframe every 5, 12 or 200 frames, B-frames between them."""
     make_video(tmp_path / "film.mp4", range(800), gop=request.param)
     return tmp_path / "film.mp4"
 

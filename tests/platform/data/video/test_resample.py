@@ -26,7 +26,7 @@ TIMES = [Fraction(0), Fraction(1), Fraction(2)]
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Grey noise, in which the methods differ most; 8 frames a second, each eighth a keyframe."""
+    """Grey noise, in which the methods differ most; 8 frames per second, each eighth a keyframe."""
     path = tmp_path_factory.mktemp("film") / "film.mp4"
     noise = np.random.default_rng(0).integers(0, 256, (24, 64, 96, 1), np.uint8)
     with av.open(str(path), "w") as container:
