@@ -153,11 +153,25 @@ class ChatPreparation:
             raise ApiError(400, message, code="too_many_media", param="messages")
 
     async def _messages(self, chat: ChatCompletionRequest, tenant: str) -> list[_Message]:
-        """Returns messages of alternating roles; joins consecutive ones of one role."""
+        """Returns messages as in training: an optional system message, then user and assistant in turn.
+
+        Joins consecutive messages of one role. A later system message becomes the user's text; an assistant's first
+        message answers an empty question.
+
+        Raises:
+            ApiError: 400 if the assistant has the last word.
+        """
+        if chat.messages[-1].role == "assistant":
+            text = "the last message must not be the assistant's; this server continues no answers"
+            raise ApiError(400, text, code="invalid_value", param=f"messages.{len(chat.messages) - 1}.role")
         messages: list[_Message] = []
         for index, given in enumerate(chat.messages):
             role = "system" if given.role == "developer" else given.role
             own = await self._message(given, role, f"messages.{index}", tenant)
+            if role == "system" and any(message.role != "system" for message in messages):
+                role = own.role = "user"
+            if role == "assistant" and all(message.role == "system" for message in messages):
+                messages.append(_Message("user"))
             if not messages or messages[-1].role != role:
                 messages.append(own)
                 continue

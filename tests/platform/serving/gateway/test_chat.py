@@ -113,6 +113,32 @@ def test_messages_of_one_role_in_a_row_are_one(server: Server) -> None:
     assert [turn.marked_text("*") for turn in turns] == ["s\n\nd", "a*\n\n*b", "", "c"]
 
 
+def test_roles_come_in_any_order(server: Server) -> None:
+    """Before, each of these was a 400, after its media were decoded."""
+
+    def turns_of(*roles: str) -> list[tuple[str, str]]:
+        messages = [{"role": role, "content": f"{role}{number}"} for number, role in enumerate(roles)]
+        assert server.chat(messages=messages).status_code == 200
+        return [(turn.role, turn.text) for turn in server.engine.requests[-1].turns]
+
+    assert turns_of("user", "assistant", "system", "user") == [
+        ("user", "user0"),
+        ("assistant", "assistant1"),
+        ("user", "system2\n\nuser3"),
+    ]
+    assert turns_of("user", "developer") == [("user", "user0\n\ndeveloper1")]
+    assert turns_of("system", "assistant", "user") == [
+        ("system", "system0"),
+        ("user", ""),
+        ("assistant", "assistant1"),
+        ("user", "user2"),
+    ]
+    assert turns_of("assistant", "user")[0] == ("user", "")
+    messages = [{"role": "user", "content": video("feature://known")}, {"role": "assistant", "content": "It is"}]
+    error = check_error(server.chat(messages=messages), 400, "invalid_value")
+    assert (error["param"], server.features.sources) == ("messages.1.role", [])
+
+
 def test_pictures_in_a_row_are_the_frames_of_one_video(server: Server) -> None:
     """Before, more than 8 frames were refused, and each was decoded and encoded alone."""
     frames = [picture(number) for number in range(64)]
