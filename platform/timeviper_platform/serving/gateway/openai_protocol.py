@@ -23,6 +23,10 @@ ERROR_TYPES: dict[int, str] = {
 """OpenAI's `type` of an error; all other statuses are invalid_request_error."""
 
 
+FUTILE = ("timeout", "decode_timeout", "insufficient_quota")
+"""Codes of 408 and 429, which OpenAI's packages would otherwise send again at once, twice."""
+
+
 class ApiError(Exception):
     """An error response in OpenAI's format. `message` must not quote the client's content."""
 
@@ -62,6 +66,8 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         retry = {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+        if self.code in FUTILE:
+            retry["x-should-retry"] = "false"
         return retry | ({"Connection": "close"} if self.closes else {})
 
 

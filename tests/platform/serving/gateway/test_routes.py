@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import openai
+import openai._base_client
 import pytest
 
 from reference.synthetic_gateway import MP4, Engine, Features, Server, check_error, events, video
@@ -269,6 +271,18 @@ def test_a_refusal_becomes_its_status_before_a_stream_and_an_event_within_one(se
     check_error(server.chat(), 429, "busy")
 
 
+def test_the_openai_package_repeats_only_what_may_succeed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, a video that takes too long to decode was decoded three times."""
+    monkeypatch.setattr(openai._base_client.time, "sleep", lambda _: None)
+    client = server.openai().with_options(max_retries=2)
+    for code, status, num_tries in (("decode_timeout", 408, 1), ("busy", 429, 3), ("unavailable", 503, 3)):
+        server.engine.requests.clear()
+        server.engine.refusal = Refusal(status=status, message="no", code=code, retry_after_s=1.0)
+        with pytest.raises(openai.APIStatusError):
+            client.chat.completions.create(model="timeviper", messages=[{"role": "user", "content": "hi"}])
+        assert len(server.engine.requests) == num_tries
+
+
 def test_lost_features_are_computed_once_more_before_a_client_sees_it(server: Server) -> None:
     """Before, the death of a feature replica was a 503."""
     server.engine.refusal = lost = Refusal(status=503, message="lost", code="features_lost")
@@ -287,7 +301,9 @@ def test_lost_features_are_computed_once_more_before_a_client_sees_it(server: Se
 def test_a_slow_request_is_a_408_and_frees_its_slot(tmp_path: Path) -> None:
     server = Server(tmp_path, request_timeout_s=0.2)
     server.engine.delay_s = 5.0
-    check_error(server.chat(), 408, "timeout")
+    refused = server.chat()
+    check_error(refused, 408, "timeout")
+    assert refused.headers["x-should-retry"] == "false"
     assert events(server.chat(stream=True))[-1]["error"]["code"] == "timeout"
     assert server.engine.closed == 2
 
