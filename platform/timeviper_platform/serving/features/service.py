@@ -15,7 +15,6 @@ import uuid
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +32,7 @@ from timeviper_platform.data.video.sampling import FrameSelection
 from timeviper_platform.serving import tracing
 from timeviper_platform.serving.features.blocks import BlockWriter
 from timeviper_platform.serving.features.compatibility import check_features_fit
+from timeviper_platform.serving.features.encode_queue import EncodeQueue
 from timeviper_platform.serving.features.sandbox import DecodedBlock, DecodeSandbox, MediumHead, SandboxConfig
 from timeviper_platform.serving.messages import (
     FeatureProgress,
@@ -142,7 +142,7 @@ class FeatureService:
         self._sandbox = None
         if self._encoder is not None:
             self._sandbox = DecodeSandbox(config.sandbox, self._encoder.image_size, self._encoder.resample)
-        self._encode_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+        self._encode_queue = None if self._encoder is None else EncodeQueue(self._encoder)
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         """Least recently used first."""
         self._kept_bytes = 0
@@ -321,11 +321,11 @@ class FeatureService:
     async def _encode(
         self, source: MediaFile | MediaBytes | MediaFrames, key: str, fps: float, max_frames: int, work: _Work
     ) -> FeatureReference | Refusal:
-        if self._sandbox is None or self._encoder is None:
+        if self._sandbox is None or self._encode_queue is None:
             message = "this server accepts no uploads; use a stored medium, feature://ID"
             return Refusal(status=400, message=message, code="uploads_disabled")
         head, parts = None, list[_EncodedBlock]()
-        async with aclosing(self._encoded(self._sandbox, self._encoder, source, fps, max_frames)) as items:
+        async with aclosing(self._encoded(self._sandbox, self._encode_queue, source, fps, max_frames)) as items:
             async for item in items:
                 if isinstance(item, Refusal):
                     return item
@@ -364,14 +364,14 @@ class FeatureService:
     async def _encoded(
         self,
         sandbox: DecodeSandbox,
-        encoder: FrameEncoder,
+        queue: EncodeQueue,
         source: MediaFile | MediaBytes | MediaFrames,
         fps: float,
         max_frames: int,
     ) -> AsyncGenerator[MediumHead | _EncodedBlock | Refusal]:
         """Encodes whole batches while later frames are decoded; other media take turns between blocks."""
-        loop, batch, total, done = asyncio.get_running_loop(), encoder.config.encode_batch_frames, 0, 0
-        frames = np.empty((0, encoder.image_size, encoder.image_size, 3), np.uint8)
+        batch, size, total, done = queue.encoder.config.encode_batch_frames, queue.encoder.image_size, 0, 0
+        frames = np.empty((0, size, size, 3), np.uint8)
         pts = np.empty(0)
         decode_span = tracing.start_span("decode")
         encode_span: Span = INVALID_SPAN
@@ -382,7 +382,7 @@ class FeatureService:
                 encode_span = tracing.start_span("encode")
             progress = FeatureProgress(stage="encoding", frames_done=done, frames_total=total)
             self._encoding[source.sha256] = progress
-            features = await loop.run_in_executor(self._encode_thread, encoder.encode, frames[:size])
+            features = await queue.encode(frames[:size])
             self._metrics.add("frames", size)
             block = _EncodedBlock(features, pts[:size])
             frames, pts, done = frames[size:], pts[size:], done + size
