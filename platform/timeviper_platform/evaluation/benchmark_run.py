@@ -28,7 +28,7 @@ from timeviper_platform.evaluation.benchmarks.registry import BENCHMARKS
 from timeviper_platform.evaluation.judging.exams import Call
 from timeviper_platform.evaluation.judging.run import ask_judge, read_replies
 from timeviper_platform.evaluation.outcomes import hash_of
-from timeviper_platform.evaluation.partial_log import PartialLog, write_rows
+from timeviper_platform.evaluation.partial_log import PartialLog, only_writer_of, write_rows
 from timeviper_platform.evaluation.results.html_report import html_report
 from timeviper_platform.evaluation.results.rows import ANSWER_ROWS, answer_rows
 from timeviper_platform.evaluation.results.scores import score_answers
@@ -59,12 +59,18 @@ def run_benchmark(config: EvaluateConfig, answer: AnswerTasks | None = None) -> 
 
     Raises:
         JobError: after the report, when every video is missing, or too many questions failed.
+        LeaseHeldError: if another evaluation writes to `output`.
     """
     refuse_lost_outputs({"output": config.output})
     config = with_absolute_paths(config, PATHS)
     tasks = read_tasks(config)
     check_inputs(config.weights, config.feature_store)
     storage.ensure_writable(config.output.rpartition("/")[0])
+    with only_writer_of(config.output):
+        return _run(config, tasks, answer or answer_on_ray)
+
+
+def _run(config: EvaluateConfig, tasks: Sequence[BenchmarkTask], answer: AnswerTasks) -> dict[str, Any]:
     log = PartialLog(config.output, _run_hash(config), BENCHMARK_ANSWERS)
     earlier = [BenchmarkAnswer.from_row(row) for row in log.read()]
     answers = {row.task_hash: row for row in earlier if row.status != "failed"}
@@ -72,7 +78,7 @@ def run_benchmark(config: EvaluateConfig, answer: AnswerTasks | None = None) -> 
     if len(left) < len(tasks):
         logger.info("evaluate: an earlier run answered %d of %d questions", len(tasks) - len(left), len(tasks))
     started, num_new, num_cached, next_report = time.monotonic(), 0, 0, 0
-    for batch in (answer or answer_on_ray)(blocks_of(left, config.workers.batch_size), config) if left else ():
+    for batch in answer(blocks_of(left, config.workers.batch_size), config) if left else ():
         log.append([asdict(row) for row in batch])
         answers |= {row.task_hash: row for row in batch}
         num_new += len(batch)
@@ -228,7 +234,9 @@ def rescore(config: EvaluateConfig) -> dict[str, Any]:
         ValueError: when there are no answers.
     """
     config = with_absolute_paths(config, PATHS)
-    return write_benchmark_report(config, _stored_answers(config))
+    answers = _stored_answers(config)
+    with only_writer_of(config.output):
+        return write_benchmark_report(config, answers)
 
 
 def judge(config: EvaluateConfig, ask: Callable[[Call], str] | None = None) -> dict[str, Any]:
@@ -247,8 +255,9 @@ def judge(config: EvaluateConfig, ask: Callable[[Call], str] | None = None) -> d
     answers = _stored_answers(config)
     if not any(answer.asked().kind == "caption" for answer in answers):
         raise ValueError(f"{answers_uri(config.output)} has no captions; a judge is for vdc, mlvu_generation and such")
-    outcome = ask_judge(config.judge, config.output, answers, ask=ask)
-    report = write_benchmark_report(config, answers)
+    with only_writer_of(config.output):
+        outcome = ask_judge(config.judge, config.output, answers, ask=ask)
+        report = write_benchmark_report(config, answers)
     if outcome.num_failed:
         raise JobError(
             f"{outcome.num_failed} of {outcome.num_asked} calls to the judge failed, the first by"

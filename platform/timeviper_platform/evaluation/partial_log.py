@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from timeviper_platform.common import storage
+from timeviper_platform.common.lease import hold_lease
+
+
+@contextlib.contextmanager
+def only_writer_of(output: str) -> Iterator[None]:
+    """Holds a lease on the report `output` and the files beside it inside the block.
+
+    Raises:
+        LeaseHeldError: if another job holds it.
+    """
+    folder = _folder_of(output)
+    try:
+        with hold_lease(folder, "jobs/evaluate.py"):
+            yield
+    finally:
+        _remove_empty(folder)
 
 
 class PartialLog:
@@ -20,7 +38,7 @@ class PartialLog:
     """
 
     def __init__(self, output: str, run_hash: str, schema: pa.Schema) -> None:
-        self._root = f"{output.removesuffix('.json')}.partial"
+        self._root = _folder_of(output)
         self._folder = storage.join_uri(self._root, run_hash)
         self._schema = schema
         self._num_files = 0
@@ -37,7 +55,20 @@ class PartialLog:
         self._num_files += 1
 
     def remove(self) -> None:
-        storage.remove(self._root)
+        """Removes the rows of every run."""
+        for folder in storage.folders_in(self._root):
+            storage.remove(folder)
+        _remove_empty(self._root)
+
+
+def _folder_of(output: str) -> str:
+    return f"{output.removesuffix('.json')}.partial"
+
+
+def _remove_empty(folder: str) -> None:
+    if storage.is_local(folder):
+        with contextlib.suppress(OSError):  # not empty
+            Path(storage.split_uri(folder)[1]).rmdir()
 
 
 def write_rows(uri: str, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:

@@ -39,6 +39,7 @@ from timeviper_platform.evaluation.outcomes import (
     outcomes_table,
     question_hash,
 )
+from timeviper_platform.evaluation.partial_log import only_writer_of
 from timeviper_platform.evaluation.report import summarise
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ def run_evaluation(config: EvaluateConfig, answer: AnswerQuestionsOf | None = No
 
     Raises:
         JobError: after the report, when no question was scored, or too many failed.
+        LeaseHeldError: if another evaluation writes to `output`.
     """
     refuse_lost_outputs({"output": config.output})
     config = with_absolute_paths(config, PATHS)
@@ -145,6 +147,11 @@ def run_evaluation(config: EvaluateConfig, answer: AnswerQuestionsOf | None = No
         raise ValueError(f"tasks {', '.join(config.tasks)} have no questions in {config.questions!r}; fix `questions`")
     check_inputs(config.weights, config.feature_store)
     storage.ensure_writable(config.output.rpartition("/")[0])
+    with only_writer_of(config.output):
+        return _run(config, questions, answer or answer_on_ray)
+
+
+def _run(config: EvaluateConfig, questions: Sequence[Question], answer: AnswerQuestionsOf) -> dict[str, Any]:
     log = OutcomeLog(config.output, run_hash(config))
     outcomes = log.read()
     left = [question for question in questions if question_hash(question) not in outcomes]
@@ -152,7 +159,7 @@ def run_evaluation(config: EvaluateConfig, answer: AnswerQuestionsOf | None = No
         logger.info("evaluate: an earlier run answered %d of %d questions", len(questions) - len(left), len(questions))
     started = time.monotonic()
     num_new, next_report = 0, 0
-    for batch in (answer or answer_on_ray)(left, config) if left else ():
+    for batch in answer(left, config) if left else ():
         log.append(batch)
         outcomes |= {outcome.question_hash: outcome for outcome in batch}
         num_new += len(batch)

@@ -18,6 +18,7 @@ from reference.benchmark_miniatures import make_miniature, write_json
 from reference.known_answers import NAMES, WHICH, KnownAnswers
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobError
+from timeviper_platform.common.lease import LeaseHeldError
 from timeviper_platform.data.media.medium import media_id_of
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.writer import write_store
@@ -127,6 +128,17 @@ def test_a_killed_evaluation_repeats_no_question(config: EvaluateConfig, tmp_pat
     rows = pq.read_table(tmp_path / "report.answers.parquet").to_pylist()
     assert len(rows) == 20
     assert [row["question_id"] for row in rows[:4]] == ["v0_0", "v0_1", "v0_0", "v0_1"], "by clip, then protocol"
+
+
+def test_a_second_evaluation_with_the_same_output_is_refused(config: EvaluateConfig, tmp_path: Path) -> None:
+    config = replace(config, output=str(tmp_path / "report.json"))
+
+    def meanwhile(blocks: Sequence[Sequence[BenchmarkTask]], of: EvaluateConfig) -> Iterator[list[BenchmarkAnswer]]:
+        with pytest.raises(LeaseHeldError, match=r"report\.partial is in use by jobs/evaluate\.py"):
+            run_benchmark(config, _InProcess())
+        yield from _InProcess()(blocks, of)
+
+    assert run_benchmark(config, meanwhile)["protocols"]["paper"]["num_questions"] == 8
 
 
 def test_answers_of_weights_that_were_exported_again_are_not_taken(config: EvaluateConfig, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from timeviper_model.weights import weights_folder as weights
 from timeviper_platform.common import storage
 from timeviper_platform.common.config import load_config, with_absolute_paths
 from timeviper_platform.common.job import JobError
+from timeviper_platform.common.lease import LeaseHeldError
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.writer import write_store
 from timeviper_platform.evaluation.answering import Answerer, Prompt
@@ -344,6 +345,23 @@ def test_a_killed_evaluation_goes_on_with_the_questions_that_are_left(
     report = run_evaluation(config, last)
     assert last.asked == ["grounding-2", "grounding-3"]
     assert (report["choice"]["accuracy"], report["grounding"]["miou"]) == (1.0, 1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.outcomes.parquet"]
+
+
+def test_a_second_evaluation_with_the_same_output_is_refused(
+    known: KnownAnswers, evaluator: Evaluator, tmp_path: Path
+) -> None:
+    """It would remove the outcomes of the first, and replace its report."""
+    config = _config(known, tmp_path / "report.json")
+    first = _InProcess(evaluator)
+
+    def meanwhile(left: Sequence[Question], of: EvaluateConfig) -> Iterator[list[Outcome]]:
+        with pytest.raises(LeaseHeldError, match=r"report\.partial is in use by jobs/evaluate\.py"):
+            run_evaluation(config, _InProcess(evaluator))
+        yield from first(left, of)
+
+    run_evaluation(config, meanwhile)
+    assert len(first.asked) == 8
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.outcomes.parquet"]
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from reference.benchmark_miniatures import make_miniature
 from timeviper_platform.common.job import JobError
+from timeviper_platform.common.lease import LeaseHeldError
 from timeviper_platform.evaluation.benchmark_answers import BenchmarkAnswer
 from timeviper_platform.evaluation.benchmark_config import BenchmarkConfig
 from timeviper_platform.evaluation.benchmark_run import answers_uri, judge, rescore, write_benchmark_report
@@ -264,6 +265,23 @@ def test_a_killed_judge_run_repeats_no_call_that_was_written(tmp_path: Path) -> 
         "report.json",
         "report.replies.parquet",
     ]
+
+
+def test_a_judge_run_beside_another_is_refused(tmp_path: Path) -> None:
+    """The later to end would replace the replies of the other."""
+    config = _captions(tmp_path, _judge_config("http://127.0.0.1:9/v1", num_concurrent=1))
+    refused: list[str] = []
+
+    def ask(call: Call) -> str:
+        for other in (judge, rescore):
+            with pytest.raises(LeaseHeldError) as error:
+                other(config)
+            refused.append(str(error.value))
+        return '{"pred": "no", "score": 1}'
+
+    judge(config, ask)
+    assert len(refused) > 2
+    assert all("report.partial is in use by jobs/evaluate.py" in message for message in refused)
 
 
 def test_a_judge_that_is_gone_ends_the_run_soon(tmp_path: Path) -> None:
