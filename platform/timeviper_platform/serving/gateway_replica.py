@@ -138,8 +138,12 @@ class ServiceHandle:
     async def _answer(self, call: Callable[[], Any]) -> Any:
         """Calls again when a replica has died; every call only reads or computes."""
         for attempt in range(ATTEMPTS):
+            response = call()
             try:
-                return await call()
+                return await response
+            except asyncio.CancelledError:  # the client has disconnected
+                response.cancel()
+                raise
             except (RayError, RayServeException) as error:
                 if not isinstance(error, RayActorError) or attempt + 1 == ATTEMPTS:
                     return self._refusal(error)

@@ -330,6 +330,22 @@ def test_a_stream_closed_early_is_cancelled_and_a_complete_one_is_not() -> None:
     assert asyncio.run(run(whole=True)) == 0
 
 
+def test_a_call_of_a_client_that_has_left_is_cancelled() -> None:
+    class Endless(Handle):
+        def __await__(self) -> Any:
+            yield from asyncio.sleep(60).__await__()
+
+    async def run() -> int:
+        handle = Endless()
+        call = asyncio.create_task(ServiceHandle("feature service", handle).features(None))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        return handle.cancelled
+
+    assert asyncio.run(run()) == 1
+
+
 def test_media_never_go_by_value() -> None:
     """In Ray's throughput mode a call is by value unless its handle says so: 4 MiB at most, and references that it
     contains are never freed.

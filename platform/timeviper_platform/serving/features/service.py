@@ -111,6 +111,8 @@ class _Work:
     """The stream, once its first block exists; never set for features of a single block."""
     stream_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     task: asyncio.Task[FeatureReference | Refusal] | None = None
+    num_waiting: int = 0
+    """Requests that wait for its end, or its announcement. When all leave before that, it is cancelled."""
 
 
 class FeatureService:
@@ -287,14 +289,25 @@ class FeatureService:
         if work is None:
             work = self._ongoing[key] = _Work(asyncio.get_running_loop().create_future())
             work.task = asyncio.ensure_future(self._guarded(make, work, origin))
-            work.task.add_done_callback(lambda _: self._ongoing.pop(key))
+            work.task.add_done_callback(partial(self._forget, key, work))
         assert work.task is not None
-        if not whole:
-            waiting: set[asyncio.Future[Any]] = {work.task, work.announced}
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if not work.task.done():
-                return work.announced.result()
-        return await asyncio.shield(work.task)  # the first caller may disconnect while others wait
+        work.num_waiting += 1
+        try:
+            if not whole:
+                waiting: set[asyncio.Future[Any]] = {work.task, work.announced}
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if not work.task.done():
+                    return work.announced.result()
+            return await asyncio.shield(work.task)  # the first caller may disconnect while others wait
+        finally:
+            work.num_waiting -= 1
+            if not (work.num_waiting or work.announced.done() or work.task.done()):  # all have gone
+                self._forget(key, work)
+                work.task.cancel()
+
+    def _forget(self, key: str, work: _Work, _: object = None) -> None:
+        if self._ongoing.get(key) is work:
+            del self._ongoing[key]
 
     async def _guarded(
         self, make: Callable[[_Work], Awaitable[FeatureReference | Refusal]], work: _Work, origin: str

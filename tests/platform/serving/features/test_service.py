@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -361,6 +361,43 @@ def test_features_are_computed_once_for_concurrent_requests_and_cached(folders: 
     answers = run(service, scenario)
     assert len(puts) == 1
     assert all(answer is answers[0] for answer in answers)
+
+
+def test_an_upload_that_nobody_waits_for_is_decoded_no_further(
+    folders: ServingFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, uploads of clients that had left were decoded to their end, each before those that still wait."""
+    events = []
+
+    async def endless(*_: Any, **__: Any) -> AsyncGenerator[Any]:
+        events.append("begun")
+        try:
+            await asyncio.sleep(60)
+            yield
+        finally:
+            events.append("closed")
+
+    monkeypatch.setattr(DecodeSandbox, "blocks", endless)
+
+    async def scenario(service: FeatureService) -> None:
+        def ask() -> asyncio.Task[Any]:
+            return asyncio.create_task(service.features(upload(b"video"), whole=len(events) == 0))
+
+        first, second = ask(), ask()
+        await asyncio.sleep(0.05)
+        first.cancel()
+        await asyncio.sleep(0.05)
+        assert events == ["begun"]  # one still waits
+        second.cancel()
+        third = ask()  # not taken for a part of what has been cancelled
+        await asyncio.sleep(0.05)
+        assert events == ["begun", "closed", "begun"]
+        assert not third.done()
+        third.cancel()
+        await asyncio.sleep(0.05)
+        assert (events[-1], service._ongoing) == ("closed", {})
+
+    run(service_of(folders), scenario)
 
 
 def test_tenants_share_stored_features_and_no_others(folders: ServingFolders, tmp_path: Path) -> None:
