@@ -72,7 +72,7 @@ class FeatureServiceConfig:
     store_refresh_s: float = 60.0
     """Seconds between checks for media that preprocessing has added to the store; 0 = only at the start."""
     cache_bytes: int = 512 * 2**20
-    """Maximum bytes of cached features per replica."""
+    """Maximum bytes of cached features per replica; a larger upload stays until the next."""
     cache_max_age_s: float = 3600.0
     """Seconds since their last use after which cached features are dropped."""
     num_threads: int = 0
@@ -445,7 +445,8 @@ class FeatureService:
         )
         self._kept[key] = _Kept(reference, bits.nbytes, time.monotonic(), stream_id)
         self._kept_bytes += bits.nbytes
-        while self._kept_bytes > self._config.cache_bytes:
+        num_readable = 0 if stream_id is None else 1  # its requests may have yet to read the end of the stream
+        while self._kept_bytes > self._config.cache_bytes and len(self._kept) > num_readable:
             self._drop_oldest()
         return reference
 

@@ -228,13 +228,20 @@ def test_a_stream_ends_with_a_refusal_or_when_its_features_are_dropped(
 
     async def dropped(service: FeatureService) -> None:
         early = await service.features(sources[0], whole=False)
-        await service.features(sources[0])
-        await service.features(sources[1])
         assert isinstance(early, FeatureReference)
+        reading = asyncio.create_task(read_all(early))
+        await service.features(sources[0])
+        for blocks in (await reading, await read_all(early)):
+            assert sum(map(len, blocks)) == 10
+        await service.features(sources[1])
         with pytest.raises(LostStreamError):
             await read_all(early)
 
-    run(streaming_service(folders, cache_bytes=12 * 4 * VISION.hidden_size * 2), dropped)
+    for num_frames in (
+        12,
+        5,
+    ):  # with room for one video, and for none: before, nothing dropped the stream of the latter
+        run(streaming_service(folders, cache_bytes=num_frames * 4 * VISION.hidden_size * 2), dropped)
 
 
 def test_stored_features_are_thinned_to_the_lower_of_both_limits(folders: ServingFolders) -> None:

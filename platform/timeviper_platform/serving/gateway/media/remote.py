@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 from urllib.parse import unquote, urljoin, urlsplit
 
+from timeviper_platform.common import storage
 from timeviper_platform.data.media.http_file import BadUrlError, ascii_url
 from timeviper_platform.data.media.signatures import HEAD_BYTES, may_be_animation
 from timeviper_platform.serving.gateway.config import GatewayConfig, RemoteMedia
@@ -288,9 +289,14 @@ class Addresses:
             return await asyncio.get_running_loop().run_in_executor(self._threads, _local_file, address.uri, param)
         now, key = time.monotonic(), (tenant, address.uri)
         self._files = {key: kept for key, kept in self._files.items() if kept[0] > now}
-        kept = self._files.get(key)
+        loop, kept = asyncio.get_running_loop(), self._files.get(key)
+        if kept is not None and kept[1].done():
+            uri = (await kept[1]).uri
+            if not await loop.run_in_executor(self._threads, storage.exists, uri):  # `retention` has deleted it
+                if self._files.get(key) is kept:
+                    del self._files[key]
+                kept = self._files.get(key)
         if kept is None:
-            loop = asyncio.get_running_loop()
             task = loop.run_in_executor(self._threads, self._download, address.uri, param)
             kept = self._files[key] = now + self._keep_s, task
             task.add_done_callback(lambda done: self._forget(key, done))

@@ -24,8 +24,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from reference.synthetic_gateway import MP4, PNG, Server, check_error, video
-from timeviper_platform.serving.gateway.config import GatewayConfig, RemoteMedia
+from timeviper_platform.serving.gateway.config import GatewayConfig, RemoteMedia, Retention
 from timeviper_platform.serving.gateway.media import remote
+from timeviper_platform.serving.gateway.media.janitor import clean
 from timeviper_platform.serving.gateway.media.remote import Addresses, RemoteFetcher, is_global, local_path, resolve
 from timeviper_platform.serving.gateway.media.uploads import MediaStore
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
@@ -356,6 +357,23 @@ def test_a_download_is_shared_kept_and_then_read_again(site: Site, tmp_path: Pat
     site.server.paths.clear()
     asyncio.run(of_another_tenant())
     assert site.server.paths.count("/shared.png") == 2  # time tells nobody what others have asked about
+
+
+def test_a_download_that_was_deleted_is_read_again(site: Site, tmp_path: Path) -> None:
+    """Before, its address led to no file until `keep_s` had passed."""
+    url, store = site.put("/deleted.png", PNG), MediaStore(str(tmp_path))
+
+    async def scenario() -> list[MediaFile]:
+        addresses = Addresses(GatewayConfig(remote=RemoteMedia(allowed_domains=(HOST,))), store, site.fetcher())
+        address = await addresses.check(url, "p")
+        first = await addresses.load(address, "a", "p")
+        assert len(clean(store, Retention(max_bytes=1))) == 1
+        return [first, *await asyncio.gather(*(addresses.load(address, "a", "p") for _ in range(3)))]
+
+    files = asyncio.run(scenario())
+    assert len(set(files)) == 1
+    assert Path(files[0].uri).read_bytes() == PNG
+    assert site.server.paths.count("/deleted.png") == 2
 
 
 def test_slow_sites_hold_up_no_other_work(tmp_path: Path) -> None:
