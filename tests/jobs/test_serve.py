@@ -27,6 +27,7 @@ import pytest
 from reference.tiny_serving import make_serving_folders, write_video
 from timeviper_platform.cli import serve
 from timeviper_platform.common.ray_cluster import free_port
+from timeviper_platform.serving.gateway.connections import STALL_S
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "timeviper-tiny"
@@ -280,12 +281,14 @@ def test_slow_clients_and_overrides_are_bounded_before_the_gateway(endpoint: End
     held = [socket.create_connection(("127.0.0.1", port)) for _ in range(700)]  # the limit is 512
     try:
         for connection in held:
-            connection.sendall(head + b"\r\n\r\n")
+            with contextlib.suppress(OSError):  # one of those above the limit, closed by now
+                connection.sendall(head + b"\r\n\r\n")
+        time.sleep(STALL_S + 0.5)
         with urllib.request.urlopen(f"{endpoint.url}/health/live", timeout=10) as response:
             assert response.status == 200
         held[0].settimeout(10)
         with contextlib.suppress(ConnectionResetError):
-            assert held[0].recv(10) == b""
+            assert held[0].recv(12) in (b"", b"HTTP/1.1 408")  # on a slow machine its body is late first
     finally:
         for connection in held:
             connection.close()
