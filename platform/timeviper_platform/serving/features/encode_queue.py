@@ -1,6 +1,6 @@
-"""Encodes frames of several media together. Imports no Ray.
+"""Encodes frames of several media together. Does not import Ray.
 
-The encoder pads every batch, so that a single picture takes as long as a full one.
+The encoder pads every batch, so that a single picture takes as long as a full batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Waiting(NamedTuple):
 
 
 class EncodeQueue:
-    """One thread of the encoder. What arrives during a call is encoded together in the next; nothing waits for more."""
+    """One encoder thread. Frames that arrive during a call are encoded together in the next one."""
 
     def __init__(self, encoder: FrameEncoder) -> None:
         self.encoder = encoder

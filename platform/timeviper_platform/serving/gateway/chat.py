@@ -159,10 +159,10 @@ class ChatPreparation:
         message answers an empty question.
 
         Raises:
-            ApiError: 400 if the assistant has the last word.
+            ApiError: 400 if the last message is the assistant's.
         """
         if chat.messages[-1].role == "assistant":
-            text = "the last message must not be the assistant's; this server continues no answers"
+            text = "the last message must not be the assistant's; this server does not continue answers"
             raise ApiError(400, text, code="invalid_value", param=f"messages.{len(chat.messages) - 1}.role")
         messages: list[_Message] = []
         for index, given in enumerate(chat.messages):
