@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 
 from timeviper_platform.common.config_docs import help_lines
 from timeviper_platform.common.logs import setup_logging
-from timeviper_platform.common.storage import is_storage_error, plain_error
+from timeviper_platform.common.storage import is_storage_error, plain_error, without_passwords
 
 USAGE_EXIT_CODE = 2
 CONSOLE_PACKAGE = "timeviper_platform.cli"
@@ -126,7 +126,7 @@ def run_job(
         with _sigterm_raises(terminated):
             result = work(options)
             for line in result.lines:
-                sys.stdout.write(f"{line}\n")
+                sys.stdout.write(f"{without_passwords(line)}\n")
     except Exception as error:  # user errors become one line, others are raised again
         message = user_error(error)
         if message is None or options.debug:
@@ -165,9 +165,14 @@ def user_error(error: BaseException) -> str | None:
 
     By convention, ValueError is the caller's mistake and RuntimeError the environment's.
     """
+    message = _message(error)
+    return None if message is None else without_passwords(message)
+
+
+def _message(error: BaseException) -> str | None:
     if _package(error) == "ray":
         cause = getattr(error, "cause", None) or error.__cause__
-        return str(error) if cause is None else user_error(cause)  # a wrapper's message is the worker's traceback
+        return str(error) if cause is None else _message(cause)  # a wrapper's message is the worker's traceback
     if isinstance(error, ImportError):
         is_ours = (error.name or "").startswith("timeviper")
         return None if is_ours else f"{error}; install the missing package into this environment"

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from timeviper_platform.common.storage import without_passwords
+
 
 def setup_logging(level: int | str = logging.INFO, *, as_json: bool = False) -> None:
     """Logs to standard error; replaces existing handlers. `as_json` writes an object per line."""
     handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    handler.setFormatter(JsonLines() if as_json else text)
+    handler.setFormatter(JsonLines() if as_json else _TextLines())
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
@@ -22,6 +23,14 @@ def log_event(logger: logging.Logger, level: int, event: str, **fields: Any) -> 
     """Logs names and values, as keys of the JSON line or as JSON in a text line."""
     values = {"event": event, **fields}
     logger.log(level, "%s", json.dumps(values), extra={"values": values})
+
+
+class _TextLines(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S%z")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_passwords(super().format(record))
 
 
 class JsonLines(logging.Formatter):
@@ -37,4 +46,4 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return without_passwords(json.dumps(line, ensure_ascii=False))

@@ -70,6 +70,7 @@ _STORAGE_PACKAGES = frozenset(
 )
 _URL = re.compile(r"[\w+.:-]+://[^\s'\"<>()]+")
 _USER = re.compile(r"[^\s'\"/@]+:[^\s'\"/@]+@")
+_PASSWORD = re.compile(r"://[^\s'\"/@:]*:[^\s'\"/@]+@")
 _SECRET = re.compile(r"(?i)\b([\w-]*(?:key|secret|token|password|signature|credential|sig)\w*\s*=\s*)[^\s&;,'\"]+")
 
 _NO_CREDENTIALS = re.compile(
@@ -119,6 +120,11 @@ def shown_text(text: str) -> str:
     """Removes credentials and URL queries from an error message; joins and shortens its lines."""
     text = _USER.sub("", _URL.sub(lambda url: shown_uri(url[0]), " ".join(text.split())))
     return textwrap.shorten(_SECRET.sub(r"\1***", text), MAX_MESSAGE_CHARS, placeholder=" ...")
+
+
+def without_passwords(text: str) -> str:
+    """Removes user and password from URIs in a text."""
+    return _PASSWORD.sub("://", text)
 
 
 @contextmanager

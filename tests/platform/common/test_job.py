@@ -54,6 +54,7 @@ def test_a_job_prints_its_lines_and_returns_its_exit_code(tmp_path: Path, capsys
         (ModuleNotFoundError("No module named 'wandb'", name="wandb"), "No module named 'wandb'; install the missing"),
         (botocore.exceptions.NoCredentialsError(), "Unable to locate credentials; give the job and its workers cred"),
         (RayTaskError("f", "a traceback", ValueError("no weights at 'x'")), "no weights at 'x'"),
+        (ValueError("no weights at sftp://ann:s3:cr&t@nas/w"), "no weights at sftp://nas/w"),
         (WorkerCrashedError(), "The worker died unexpectedly while executing this task."),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
@@ -92,6 +93,11 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path, error: Exception) -> None:
 def test_debug_keeps_the_traceback_of_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown key 'nummer'"):
         run(tmp_path, print_number, "--debug", "nummer=1")
+
+
+def test_a_result_shows_no_password(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, lambda options: JobResult(["report: webhdfs://ann:secret@name-node:9870/r.json"])) == 0
+    assert capsys.readouterr().out == "report: webhdfs://name-node:9870/r.json\n"
 
 
 def test_an_error_can_choose_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

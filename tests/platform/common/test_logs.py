@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
 
@@ -41,3 +42,27 @@ def test_a_job_logs_text(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging()
     log_event(logging.getLogger("timeviper"), logging.WARNING, "request", status=200)
     assert capsys.readouterr().err.endswith(' WARNING timeviper: {"event": "request", "status": 200}\n')
+
+
+def test_a_line_of_a_job_has_date_and_time_zone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs take days, and nodes may be in other zones."""
+    setup_logging()
+    logging.getLogger("timeviper").warning("here")
+    line = capsys.readouterr().err
+    time = datetime.strptime(line[: line.index(" WARNING")], "%Y-%m-%d %H:%M:%S%z")
+    assert abs((datetime.now(UTC) - time).total_seconds()) < 60
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_no_line_shows_a_password(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging(as_json=as_json)
+    logger = logging.getLogger("timeviper")
+    try:
+        raise OSError("cannot read sftp://wilma:se%40cret@nas/b")
+    except OSError:
+        logger.exception("writing %s and ftp://:secret@[::1]:21/c at 10:20:30", "webhdfs://wilma:secret@node:9870/a")
+    text = capsys.readouterr().err
+    assert "cret" not in text
+    assert "wilma" not in text
+    for uri in ("sftp://nas/b", "webhdfs://node:9870/a", "ftp://[::1]:21/c at 10:20:30"):
+        assert uri in text
