@@ -263,7 +263,7 @@ def _rays_error(message: Mapping[str, Any], path: str) -> ApiError | None:
     if status < 400 or not headers.get(b"content-type", b"").startswith(b"text/plain"):
         return None
     if status == 404 and ("/v1/" in path or "/health/" in path):  # no application: starting, or shutting down
-        text = "no application runs here now (starting or shutting down), try again"
+        text = "no application runs here: it starts or ends, or the path lacks its prefix; try again"
         return ApiError(503, text, code="unavailable", retry_after_s=2.0)
     known = {
         404: ("there is no such path; the API is below /v1", "unknown_url", None),

@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from timeviper_platform.common.storage import (
-    files_in,
+    entries_in,
     join_uri,
     open_file,
     read_json_or_none,
@@ -100,9 +100,9 @@ class ChunkedUploads:
         upload = self._pending(tenant, upload_id)
         part_id = f"part_{secrets.token_hex(16)}"
         num_bytes = file.seek(0, 2)
-        stored = files_in(self._folder(tenant, upload_id), ".part")
-        filesystem, _ = split_uri(self._root)
-        total = num_bytes + sum(int(filesystem.size(split_uri(uri)[1])) for uri in stored)
+        entries = entries_in(self._folder(tenant, upload_id))  # with their sizes: one request, however many parts
+        stored = [int(entry["size"]) for entry in entries if entry["name"].endswith(".part")]
+        total = num_bytes + sum(stored)
         if total > upload["bytes"] or len(stored) >= MAX_PARTS:
             text = f"the parts have {total} bytes, the upload announced {upload['bytes']}"
             raise ApiError(400, text, code="invalid_value", param="data")

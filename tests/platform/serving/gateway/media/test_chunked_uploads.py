@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from reference.synthetic_gateway import MP4, Server, check_error, keys
 from timeviper_platform.serving.gateway.config import Quota, Retention
@@ -99,6 +100,21 @@ def test_parts_count_towards_the_keys_bytes(tmp_path: Path) -> None:
     assert complete(server, first, parts[0]).json()["status"] == "completed"
     assert server.http.post(f"/v1/uploads/{second}/cancel").json()["status"] == "cancelled"
     assert add(server, third, MP4).status_code == 200
+
+
+def test_a_part_costs_the_storage_one_listing_however_many_there_are(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, every part asked for the size of each one before it."""
+    upload_id = begin(server).json()["id"]
+    monkeypatch.setattr(LocalFileSystem, "size", lambda *_: pytest.fail("asked"))
+    listings = []
+    ls = LocalFileSystem.ls
+    monkeypatch.setattr(LocalFileSystem, "ls", lambda *values, **named: listings.append(1) or ls(*values, **named))
+    for number in range(6):
+        assert add(server, upload_id, MP4[number : number + 1]).status_code == 200
+    assert len(listings) == 6
+    check_error(add(server, upload_id, MP4), 400, "invalid_value")
 
 
 def test_an_upload_belongs_to_its_key_and_ends_with_its_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
