@@ -26,7 +26,6 @@ def transformer_twin(config: TimeViperConfig) -> TimeViperConfig:
 
 
 def mamba_weights(text: HybridConfig) -> int:
-    """Weights of a Mamba-2 mixer's projections."""
     inner = text.mamba_intermediate_size
     return text.hidden_size * (inner + text.conv_dim + text.mamba_num_heads) + inner * text.hidden_size
 

@@ -51,7 +51,6 @@ class ActiveRequest:
 
     @property
     def num_tokens_left(self) -> int:
-        """Tokens that the answer may still take."""
         return self.request.sampling.max_new_tokens - len(self.tokens)
 
     def usage(self) -> Usage:

@@ -435,7 +435,6 @@ def download(uri: str, local: Path) -> None:
 
 
 def upload(local: Path, uri: str) -> None:
-    """Copies a local file to `uri`, replacing it."""
     filesystem, path = split_uri(uri)
     filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
     retrying(lambda: filesystem.put_file(str(local), path), uri)

@@ -105,8 +105,6 @@ class FeatureReplica(FeatureService):
 
 
 class EngineReplica(EngineService):
-    """Ray Serve replica that reports statistics to Prometheus."""
-
     def __init__(self, weights: str, config: EngineServiceConfig) -> None:
         setup_logging(as_json=True)
         self._metrics = RayMetrics("timeviper_engine_", module=serve_metrics)

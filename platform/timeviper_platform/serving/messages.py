@@ -120,8 +120,6 @@ class FeatureProgress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredMedium:
-    """A medium of the feature store, for lists."""
-
     media_id: str
     uri: str
     """Its address in the manifest."""
@@ -262,4 +260,4 @@ class EngineClient(Protocol):
         """Yields deltas; a Refusal is last. Closing the iterator cancels the answers."""
 
     async def is_ready(self, *, deep: bool) -> bool:
-        """Returns whether replicas run or can start; with `deep`, whether one answers."""
+        """See `FeatureClient.is_ready`."""

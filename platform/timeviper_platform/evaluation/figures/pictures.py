@@ -196,7 +196,6 @@ def speed(rows: Sequence[Row], device: str, file_format: FileFormat) -> bytes:
 
 
 def needle(rows: Sequence[Row], model: str, file_format: FileFormat) -> bytes:
-    """Accuracy by length and depth of one model."""
     lengths, depths = (list(dict.fromkeys(row[key] for row in rows)) for key in ("num_frames", "depth"))
     cells = {(row["depth"], row["num_frames"]): row["accuracy"] for row in rows}
     return value_grid(

@@ -66,8 +66,6 @@ class TaskPrompts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """Scores of a task's questions in one setting."""
-
     scores: tuple[float, ...]
     """From 0 to 1 per question, see `score_text`."""
     log_prob: float

@@ -53,8 +53,6 @@ _CHOOSES = (
 
 
 class Call(NamedTuple):
-    """One request to a judge."""
-
     system: str
     user: str
 

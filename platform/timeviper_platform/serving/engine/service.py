@@ -124,7 +124,7 @@ class EngineService:
         self._engine.config = config.engine
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
-        """Yields deltas; a Refusal is last. Closing the generator frees the slots."""
+        """See `EngineClient.generate`."""
         limits = self._config.engine
         if self._ongoing + request.n > limits.num_slots + limits.max_queued_requests:
             yield _busy()

@@ -56,8 +56,6 @@ PARAGRAPH = "\n\n"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Medium:
-    """A medium of a request and its position."""
-
     source: MediaSource
     offset: int
     """Characters of the message's text before it."""

@@ -43,7 +43,6 @@ class KeyRing:
         return matches[0] if matches else None
 
     def of_hash(self, sha256: str | None) -> ApiKey | None:
-        """Returns the key with this hash, if it is still accepted."""
         return next((entry for entry in self._keys if entry.sha256 == sha256), None)
 
     @property

@@ -76,8 +76,6 @@ def is_global(address: Address) -> bool:
 
 
 class RemoteFetcher:
-    """Downloads https URLs of allowed domains."""
-
     def __init__(
         self,
         config: RemoteMedia,

@@ -271,7 +271,6 @@ class MediaStore:
 
 
 def read_chunks(uri: str, start: int, stop: int) -> Iterator[bytes]:
-    """Yields the bytes of a file from `start` to `stop`."""
     with open_file(uri) as file:
         file.seek(start)
         while start < stop and (chunk := file.read(min(_CHUNK_BYTES, stop - start))):
