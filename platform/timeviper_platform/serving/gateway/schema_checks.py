@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ MAX_MEMORY_BYTES = 2 * 2**30
 MAX_ACCEPTED = 1024
 """Accepted schemas that need no other check."""
 MAX_AT_ONCE = 2
+PASSED_ON = ("PATH", "LD_LIBRARY_PATH")
+"""Environment variables of a process: no credentials."""
 _COMPILE = f"""
 import resource, signal, sys
 from llguidance import LLMatcher
@@ -60,8 +63,17 @@ class SchemaChecks:
 
 def _reason_against(schema: str) -> str:
     """Returns why a schema is refused; empty if it is not."""
-    command = [sys.executable, "-I", "-c", _COMPILE]
-    child = subprocess.run(command, input=schema, capture_output=True, text=True, timeout=DEADLINE_S, env={})
+    variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # as this process was set up by Ray
+    child = subprocess.run(
+        [sys.executable, "-c", _COMPILE],
+        input=schema,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env=variables,
+        cwd="/",
+    )
     if child.returncode == -signal.SIGPROF:
         return f"the JSON schema takes more than {MAX_CPU_S:g} s to compile; combine fewer patterns"
     if child.returncode != 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +45,17 @@ def test_an_accepted_schema_is_compiled_once(server: Server, monkeypatch: pytest
     assert len(runs) == 2
     for wrong in ({"type": "strin"}, {"type": "object", "dependentSchemas": {}}, {"$ref": "#/none"}):
         check_error(server.chat(response_format=answer_as(wrong)), 400, "invalid_schema")
+
+
+def test_a_process_has_this_ones_path_and_no_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "llguidance.py").write_text(
+        "class LLMatcher:\n"
+        "    grammar_from_json_schema = staticmethod(str)\n"
+        "    validate_grammar = staticmethod(lambda _: 'mine ' + __import__('os').environ.get('SECRET', 'none'))\n"
+    )
+    monkeypatch.setenv("SECRET", "private")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert schema_checks._reason_against("{}") == "the JSON schema is not supported: mine none"
 
 
 def test_a_process_that_dies_or_hangs_is_a_refusal(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
