@@ -7,6 +7,9 @@ const MAX_STRIP = 12; // thumbnails
 const MAX_TICKS = 512;
 const PAGE_SIZE = 50; // videos
 const SEEK_TIMEOUT_MS = 4000;
+const MAX_FETCHED = 256 * 2 ** 20; // bytes of a file that the page may hold in memory
+const UNREADABLE = "The server may not read this medium's file, so there is no picture. Questions work.";
+const TOO_LARGE = "This file is too large to be loaded with a key, so there is no picture. Questions work.";
 
 let key = "";
 let model = "";
@@ -92,12 +95,16 @@ async function chooseStored(id) {
   const frames = video.selected_frames.map((index) => video.frame_seconds[index]);
   const facts = `${seconds(video.duration_seconds)}, ${video.num_frames} frames stored, ${frames.length} seen by a question`;
   let source = null;
+  let reason = UNREADABLE;
   try {
-    await call(`${path}/content`, { headers: { Range: "bytes=0-0" } });
+    const first = await call(`${path}/content`, { headers: { Range: "bytes=0-0" } });
     // a player sends no key, so with one the file is fetched here
-    source = key ? URL.createObjectURL(await (await call(`${path}/content`)).blob()) : address(`${path}/content`).href;
-  } catch { /* the server may not read the file; times and answers are there all the same */ }
-  await show({ url: video.url, kind: video.modality, name: id, duration: video.duration_seconds, frames }, source, facts);
+    if (!key) source = address(`${path}/content`).href;
+    else if (Number(first.headers.get("Content-Range")?.split("/")[1]) > MAX_FETCHED) reason = TOO_LARGE;
+    else source = URL.createObjectURL(await (await call(`${path}/content`)).blob());
+  } catch { /* times and answers are there all the same */ }
+  const chosen = { url: video.url, kind: video.modality, name: id, duration: video.duration_seconds, frames };
+  await show(chosen, source, facts, reason);
   for (const button of document.querySelectorAll("#videos button")) {
     button.setAttribute("aria-current", String(button.dataset.id === id));
   }
@@ -135,7 +142,7 @@ async function chooseFile(file) {
 
 // ---- medium
 
-async function show(chosen, source, facts) {
+async function show(chosen, source, facts, reason = UNREADABLE) {
   if (player.src.startsWith("blob:")) URL.revokeObjectURL(player.src);
   medium = chosen;
   newConversation();
@@ -146,7 +153,7 @@ async function show(chosen, source, facts) {
   player.hidden = !(source && isVideo);
   byId("still").hidden = !(source && !isVideo);
   byId("no-picture").hidden = Boolean(source);
-  byId("no-picture").textContent = "The server may not read this medium's file, so there is no picture. Questions work.";
+  byId("no-picture").textContent = reason;
   player.removeAttribute("src");
   if (source && isVideo) player.src = source;
   else if (source) byId("still").src = source;

@@ -216,6 +216,11 @@ def test_a_file_is_uploaded_with_a_key_that_stays_in_memory(browser: Any, tmp_pa
         page.click("#videos button >> nth=0")  # its file comes with the key, too
         page.wait_for_selector("#frames button >> nth=2", state="detached")
         page.wait_for_selector("#frames canvas >> nth=1")
+        large = {"Content-Range": "bytes 0-0/3000000000"}  # before, all of it went into the browser's memory
+        page.route("**/content", lambda route: route.fulfill(status=206, headers=large, body="x"))
+        page.click("#videos button >> nth=1")
+        page.wait_for_selector("#no-picture >> text=too large")
+        page.wait_for_selector("#frames button >> nth=1")
         page.reload()
         page.wait_for_selector("#status.error >> text=API key is required")
         assert page.input_value("#key") == ""
