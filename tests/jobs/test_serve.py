@@ -349,6 +349,12 @@ def test_beyond_loopback_keys_are_required(
     assert "listens on 0.0.0.0; set gateway.api_keys" in capsys.readouterr().err
 
 
+def test_the_address_that_the_job_prints_is_a_url() -> None:
+    """Before, http://::1:8000, which clients do not parse."""
+    hosts = {"127.0.0.1": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::1": "[::1]", "::": "[::1]", "a.b": "a.b"}
+    assert {host: serve._url_host(host) for host in hosts} == hosts
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -1,6 +1,6 @@
 """Draws the paper's figures: `timeviper analyze --config ray_configs/tiny/analyze.yaml [key=value ...]`.
 
-Writes each figure as JSON, SVG and PNG. One process: a task of the cluster in RAY_ADDRESS, else this one.
+Writes each figure as JSON, CSV, SVG and PNG. One process: a task of the cluster in RAY_ADDRESS, else this one.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     task.add_argument("--rescore", action="store_true", help="score stored answers again, without a model")
     task.add_argument("--judge", action="store_true", help="ask the configured judge about stored captions")
     task.add_argument("--write-manifest", metavar="FILE", help="list a benchmark's videos for jobs/preprocess.py")
-    task.add_argument("--make-synth", metavar="N", type=int, help="generate timeviper-synth, N videos a kind")
+    task.add_argument("--make-synth", metavar="N", type=int, help="generate timeviper-synth, N videos per kind")
     return run_job(parser, evaluate, arguments)
 
 

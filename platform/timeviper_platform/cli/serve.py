@@ -211,8 +211,7 @@ def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.
             serve.run(application, name=entry.name, route_prefix=entry.route_prefix)
         except RuntimeError as error:  # Serve names the failed deployments; the causes are in their status
             raise RuntimeError(f"{error}{failure_causes(serve.status(), entry.name)}") from error
-        host = "127.0.0.1" if http.host == "0.0.0.0" else http.host
-        url = f"http://{host}:{port}{entry.route_prefix.rstrip('/')}"
+        url = f"http://{_url_host(http.host)}:{port}{entry.route_prefix.rstrip('/')}"
         _wait_until_ready(url, stop)
         if not stop.is_set():
             print(f"ready: {url}/v1  model {entry.args.gateway.model_name}  (Ctrl-C ends it)", flush=True)
@@ -229,6 +228,11 @@ def _is_serve_running() -> bool:
     except ValueError:
         return False
     return True
+
+
+def _url_host(host: str) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
 
 def _wait_until_ready(url: str, stop: threading.Event) -> None:
