@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import logging
 import math
@@ -258,13 +259,25 @@ def _raise_with_advice(error: Exception, uri: str) -> NoReturn:
 
 def split_uri(uri: str) -> tuple[Any, str]:
     """Returns the fsspec file system and the path; local paths become absolute."""
-    if is_local(uri):  # url_to_fs would read a::b.mp4 as b.mp4 inside a
+    if is_local(uri):  # url_to_fs would read a::b.mp4 as b.mp4 inside a, also below
         filesystem = fsspec.filesystem("file")
         return filesystem, str(filesystem._strip_protocol(uri))
-    filesystem, path = fsspec.core.url_to_fs(uri)
+    scheme = _scheme(uri)
+    if "::" not in uri or _is_over_another(scheme.partition("::")[0]):
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    else:
+        kind = fsspec.get_filesystem_class(scheme)
+        filesystem, path = kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
     if "s3" in filesystem.protocol:
         _count_failures_of(filesystem.s3)
     return filesystem, str(path)
+
+
+@lru_cache(maxsize=64)
+def _is_over_another(scheme: str) -> bool:
+    """Whether the file system reads from another, named after `::`, as archives and caches do."""
+    kinds = fsspec.get_filesystem_class(scheme).__mro__
+    return any({"fo", "target_protocol"} & inspect.signature(kind.__init__).parameters.keys() for kind in kinds)
 
 
 def _count_failures_of(client: Any) -> None:

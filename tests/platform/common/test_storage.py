@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -140,6 +141,31 @@ def test_the_memory_filesystem_behaves_like_a_disk() -> None:
     assert not storage.is_local("memory://bucket/a")
     storage.remove("memory://bucket/a")
     assert not storage.exists("memory://bucket/a/x.json")
+
+
+ODD_NAMES = (
+    *("a::b.mp4", "a::s3://b.mp4", "c://d.mp4", "e//f.mp4", "50% #1?.mp4", "%20+&=.mp4", "[1]*.mp4", "{a,b}.mp4"),
+    *("\u00e9.mp4", "e\u0301.mp4", " g .mp4", "h\\i.mp4", "~.mp4", "\t.mp4", "$(id)'`.mp4", "x" * 900),
+)
+
+
+def test_any_name_of_an_object_is_listed_and_read(s3_bucket: s3fs.S3FileSystem) -> None:
+    """fsspec reads `::` as a file system over another."""
+    for name in ODD_NAMES:
+        s3_bucket.pipe_file(f"bucket/odd/{name}", name.encode())
+    uris = {file.uri for file in list_files("s3://bucket/odd").files}
+    assert uris == {f"s3://bucket/odd/{name}" for name in ODD_NAMES}
+    assert {storage.read_bytes(uri).decode() for uri in uris} == set(ODD_NAMES)
+    assert all(storage.exists(uri) and not storage.is_folder(uri) for uri in uris)
+
+
+def test_an_archive_or_cache_over_another_file_system_is_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("b.txt", "in a zip")
+    storage.write_bytes("memory://chains/a.zip", (tmp_path / "a.zip").read_bytes())
+    for source in ("memory://chains/a.zip", str(tmp_path / "a.zip"), "simplecache::memory://chains/a.zip"):
+        assert storage.read_bytes(f"zip://b.txt::{source}") == b"in a zip"
+        assert storage.read_bytes(f"simplecache::zip://b.txt::{source}") == b"in a zip"
 
 
 @pytest.fixture
