@@ -25,7 +25,7 @@ MAX_ACCEPTED = 1024
 """Accepted schemas that need no other check."""
 MAX_AT_ONCE = 2
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH")
-"""Environment variables of a process: no credentials."""
+"""Environment variables that the process gets: none with credentials."""
 _COMPILE = f"""
 import resource, signal, sys
 from llguidance import LLMatcher
