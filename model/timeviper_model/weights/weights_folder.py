@@ -87,8 +87,12 @@ def save_pretrained(
     """Writes a weights folder atomically, replacing an existing one.
 
     `metadata` goes to `timeviper_metadata` in config.json.
+
+    Raises:
+        ValueError: if `folder` holds something else.
     """
     folder = Path(folder)
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -108,6 +112,32 @@ def save_pretrained(
         _replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError if `folder` exists and is neither empty nor a weights folder of this project."""
+    if folder.is_dir():
+        config = folder / CONFIG_FILE
+        entries = {path.name: path.is_file() for path in folder.iterdir()}
+        refuse_other_contents(str(folder), entries, config.read_bytes() if entries.get(CONFIG_FILE) else b"")
+    elif folder.exists():
+        refuse_other_contents(str(folder), {folder.name: True}, b"")
+
+
+def refuse_other_contents(where: str, entries: Mapping[str, bool], config: bytes) -> None:
+    """
+    Args:
+        where: folder that would be replaced.
+        entries: its names; whether each is a file.
+        config: its config.json.
+    """
+    try:
+        values = json.loads(config)
+    except ValueError:
+        values = None
+    is_ours = isinstance(values, dict) and values.get("model_type") == MODEL_TYPE and all(entries.values())
+    if entries and not is_ours:
+        raise ValueError(f"{where} exists and is no weights folder, and would be deleted; name another folder")
 
 
 def from_pretrained(

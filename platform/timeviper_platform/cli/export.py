@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--from-public", help="file or folder saved by TimeViper's public code, instead")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="vision, TransV and sizes of --from-public")
     parser.add_argument("--tokenizer", help="tokenizer of --from-public: folder or name, by default its folder")
-    parser.add_argument("--output", required=True, help="URI of the weights folder; replaced if it exists")
+    parser.add_argument("--output", required=True, help="URI of the weights folder; an older one is replaced")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--num-cpus", type=float, default=1.0, help="CPUs of the task on a cluster")
     parser.add_argument("--memory-gb", type=float, help="memory of the task (default: by the number of parameters)")

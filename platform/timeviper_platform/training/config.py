@@ -195,6 +195,10 @@ class WorkersConfig:
         return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
 
 
+TABLES_FOLDER = "sample-tables"
+"""Cached sample sizes inside `runs`, shared by all runs."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     name: str
@@ -223,8 +227,11 @@ class TrainConfig:
     workers: WorkersConfig = field(default_factory=WorkersConfig)
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name:
-            raise ValueError(f"{self.name = } must name a folder inside {self.runs}: no slash, not empty")
+        for name in (self.name, *self.phases):
+            if "/" in name or name in ("", ".", ".."):
+                raise ValueError(f"{name!r} (`name` and keys of `phases`) must name a folder: no slash, not empty")
+        if self.name == TABLES_FOLDER:
+            raise ValueError(f"{self.name = } is the folder of a cache inside `runs`; choose another")
         if not self.phases:
             raise ValueError("phases: name at least one")
         first = next(iter(self.phases))

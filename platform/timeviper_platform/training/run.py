@@ -25,7 +25,7 @@ from timeviper_platform.training.checkpoint.export import export_weights
 from timeviper_platform.training.checkpoint.initial_weights import InitialWeights, load_weights
 from timeviper_platform.training.checkpoint.local_files import OpenCheckpoint, open_for_resume
 from timeviper_platform.training.checkpoint.manager import Checkpoints, candidates
-from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.config import TABLES_FOLDER, TrainConfig
 from timeviper_platform.training.distributed import check_shared_folder, from_rank_0
 from timeviper_platform.training.hooks import RunHooks
 from timeviper_platform.training.metrics.attempt_record import describe_environment, write_attempt
@@ -43,8 +43,6 @@ CURVES_FILE = "curves.svg"
 REJECTS_FOLDER = "rejects"
 WEIGHTS_FOLDER = "weights"
 CHECKPOINTS_FOLDER = "checkpoints"
-TABLES_FOLDER = "sample-tables"
-"""Cached sample sizes, shared by all runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

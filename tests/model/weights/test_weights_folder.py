@@ -143,6 +143,27 @@ def test_a_save_that_fails_leaves_the_old_folder_and_nothing_else(
     assert weights_hash(folder) == before
 
 
+@pytest.mark.parametrize("name", ["a file", "other files", "weights and a folder", "another model"])
+def test_nothing_but_a_weights_folder_is_replaced(tmp_path: Path, name: str) -> None:
+    """A save to a home or a run's folder deleted it."""
+    target = tmp_path / "target"
+    if name == "a file":
+        target.write_text("kept")
+    else:
+        target.mkdir()
+        save_pretrained(make_model(), target)
+        if name == "weights and a folder":
+            (target / "results").mkdir()
+        elif name == "another model":
+            (target / "config.json").write_text('{"model_type": "qwen2"}')
+        else:
+            (target / "config.json").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="target exists and is no weights folder, and would be deleted; name another"):
+        save_pretrained(make_model(), target)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_equal_weights_have_equal_hashes(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         save_pretrained(make_model(seed=seed), tmp_path / name)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from pydantic import TypeAdapter
 
 from timeviper_model.config import PRESETS, QWEN2_5_7B, HybridConfig, TextConfig, TransVSite, VisionConfig
 from timeviper_model.weights.families import text_config_to_dict
-from timeviper_platform.training.config import InitConfig
+from timeviper_platform.common.config import load_config
+from timeviper_platform.training.config import InitConfig, TrainConfig
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -67,6 +71,26 @@ def test_backbones_that_cannot_be_trained_are_found_in_their_config(
 def test_a_chat_template_is_chosen_for_the_family(tmp_path: Path) -> None:
     assert InitConfig(preset="tiny", chat_template="tokenizer").model_config().chat_template == "tokenizer"
     assert InitConfig(preset="qwen2.5-7b", chat_template="paper").model_config().chat_template == "chatml"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("name: first", 'name: ".."', "'..' .* must name a folder"),
+        ("name: first", "name: sample-tables", "is the folder of a cache"),
+        ("  instruct:", '  "../instruct":', "'../instruct' .* must name a folder"),
+    ],
+)
+def test_names_of_runs_and_phases_are_names_of_folders(tmp_path: Path, before: str, after: str, message: str) -> None:
+    """Weights of a phase named `..` replaced the run."""
+    text = (ROOT / "ray_configs" / "train.yaml").read_text()
+    name = re.search(r"^name: .*$", text, re.MULTILINE)
+    assert name is not None
+    text = text.replace(name[0], "name: first")
+    assert before in text
+    (tmp_path / "train.yaml").write_text(text.replace(before, after, 1))
+    with pytest.raises(ValueError, match=message):
+        load_config(TrainConfig, str(tmp_path / "train.yaml"), [])
 
 
 def test_an_init_of_nothing_is_refused() -> None:

@@ -397,6 +397,34 @@ def test_bfloat16_masters_survive_another_zero_stage_bit_for_bit(corpus: Corpus)
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in before.values())
 
 
+def test_an_export_replaces_nothing_but_weights(finished: TrainConfig) -> None:
+    """An export to the run's own folder deleted the run."""
+    run = RunFolder.of(finished)
+    newest = Checkpoints(run.checkpoints).newest()
+    assert newest is not None
+    storage.write_bytes("memory://exports/other/films/a.mp4", b"1")
+    storage.write_bytes("memory://exports/file", b"1")
+    for output in (
+        run.uri,
+        run.checkpoints,
+        "memory://exports",
+        "memory://exports/other/films",
+        "memory://exports/file",
+    ):
+        with pytest.raises(ValueError, match=f"{output} exists and is no weights folder, and would be deleted"):
+            export_weights(newest, output)
+    assert Checkpoints(run.checkpoints).newest() == newest
+    assert storage.exists("memory://exports/other/films/a.mp4")
+    assert storage.exists("memory://exports/file")
+    export_weights(newest, "memory://exports/weights")
+    whole = storage.files_in("memory://exports/weights")
+    for uri in whole:
+        if not uri.endswith("/config.json"):  # a killed upload
+            storage.remove(uri)
+    export_weights(newest, "memory://exports/weights")
+    assert storage.files_in("memory://exports/weights") == whole
+
+
 def test_exported_weights_record_their_origin(finished: TrainConfig, tmp_path: Path) -> None:
     newest = Checkpoints(RunFolder.of(finished).checkpoints).newest()
     assert newest is not None

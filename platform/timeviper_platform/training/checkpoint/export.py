@@ -14,8 +14,16 @@ from timeviper_model.batching.tokenizer_template import chat_template
 from timeviper_model.config import TimeViperConfig
 from timeviper_model.layers.lora import merge_lora
 from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights.hub_folder import CONFIG_FILE
 from timeviper_model.weights.public_checkpoint import load_public_checkpoint, public_config
-from timeviper_model.weights.weights_folder import TOKENIZER_FILES, config_from_dict, load_tokenizer, save_pretrained
+from timeviper_model.weights.weights_folder import (
+    TOKENIZER_FILES,
+    check_replaceable,
+    config_from_dict,
+    load_tokenizer,
+    refuse_other_contents,
+    save_pretrained,
+)
 from timeviper_platform.common import storage
 from timeviper_platform.common.devices import Dtype, torch_dtype
 from timeviper_platform.common.machine_cache import local_copy
@@ -35,9 +43,10 @@ def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") ->
     """Writes a committed checkpoint as a weights folder, replacing `output`; returns `checkpoint`.
 
     Raises:
-        ValueError: if there is no committed checkpoint, or it lacks parts of the model.
+        ValueError: if there is no committed checkpoint, it lacks parts of the model, or `output` holds other files.
         DamagedCheckpointError: if its files differ from their checksums.
     """
+    _check_replaceable(output)
     state, description, model = checkpoint_model(checkpoint, unrounded=True)
     model = model.to(torch_dtype(dtype))
     metadata = {**description["metadata"], "phase": state.phase, "step": str(state.step)}
@@ -77,8 +86,9 @@ def convert_public_checkpoint(
         tokenizer: URI of a folder, or Hugging Face name; None = the checkpoint's folder.
 
     Raises:
-        ValueError: when tensors do not fit the model, or the tokenizer its chat template.
+        ValueError: when tensors do not fit the model, or the tokenizer its template; if `output` holds other files.
     """
+    _check_replaceable(output)
     path = _local_file_or_folder(checkpoint)
     folder = path if path.is_dir() else path.parent
     config = public_config(path, preset)
@@ -123,9 +133,22 @@ def _write_weights(model: TimeViper, output: str, *, tokenizer: Any, metadata: d
     else:
         with tempfile.TemporaryDirectory(prefix="timeviper-weights-") as scratch:
             save_pretrained(model, Path(scratch) / "weights", tokenizer=tokenizer, metadata=metadata)
+            _check_replaceable(output)
             storage.remove(output)
-            for file in sorted((Path(scratch) / "weights").iterdir()):
+            # first the file that tells an unfinished upload from other contents
+            for file in sorted((Path(scratch) / "weights").iterdir(), key=lambda file: file.name != CONFIG_FILE):
                 storage.upload(file, storage.join_uri(output, file.name))
+
+
+def _check_replaceable(output: str) -> None:
+    if storage.is_local(output):
+        check_replaceable(Path(storage.split_uri(output)[1]))
+        return
+    entries = {PurePosixPath(item["name"]).name: item["type"] == "file" for item in storage.entries_in(output)}
+    if not entries and storage.exists(output) and not storage.is_folder(output):
+        entries = {"": True}
+    config = storage.read_bytes(storage.join_uri(output, CONFIG_FILE)) if entries.get(CONFIG_FILE) else b""
+    refuse_other_contents(storage.shown_uri(output), entries, config)
 
 
 def checkpoint_model(checkpoint: str, *, unrounded: bool = False) -> tuple[TrainState, dict[str, Any], TimeViper]:
