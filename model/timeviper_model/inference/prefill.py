@@ -95,6 +95,7 @@ class Prefill:
         on_prefix: Callable[[PrefixEntry], None] | None = None,
         max_new_tokens: int = MIN_CAPACITY,
         max_bytes: int | None = None,
+        all_tokens: bool = False,
     ) -> None:
         """Empties the slot and reserves space for the prompt and its answer.
 
@@ -107,6 +108,7 @@ class Prefill:
             on_prefix: receives this prompt's entry at the boundary.
             max_new_tokens: reserved tokens of the answer; a longer answer is copied into a larger room.
             max_bytes: bytes that all slots' keys and values may take, as checked by `HybridCache.has_space`.
+            all_tokens: run the last blocks on every token, not the last alone, for hooks that read their outputs.
         """
         if not len(input_ids) or max_chunk_tokens < 1:
             raise ValueError(f"a prompt of {len(input_ids)} tokens in chunks of {max_chunk_tokens}: both must be >= 1")
@@ -130,7 +132,7 @@ class Prefill:
             for layer, plan in self._plans.items()
             if not plan.waits and plan.site.select != "evs"
         }
-        self._last_mixer = last_mixer(model.config)
+        self._last_mixer = None if all_tokens else last_mixer(model.config)
         self._rows = _FeatureRows(features, num_vision)
         self._position_T = torch.arange(len(input_ids), device=input_ids.device)
         self._last_1D: Tensor | None = None
@@ -254,7 +256,7 @@ class Prefill:
                 continue
             block, state = self._model.backbone.block(layer), self._view.layer(layer)
             if layer == self._last_mixer:
-                chunk = chunk.last(block.last(chunk.hidden_TD, segments, state))
+                chunk = chunk.last(block(chunk.hidden_TD, segments, state, last_only=True))
                 segments = chunk.segments()
             else:
                 chunk = chunk.with_hidden(block(chunk.hidden_TD, segments, state))

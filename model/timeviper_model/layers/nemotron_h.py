@@ -45,19 +45,15 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = MIXERS[block_type](config)
 
-    def forward(self, h_TD: Tensor, segments: Segments, state: LayerState = None) -> Tensor:
-        """(T, D); updates `state`."""
+    def forward(self, h_TD: Tensor, segments: Segments, state: LayerState = None, *, last_only: bool = False) -> Tensor:
+        """(T, D), or with `last_only` its last row alone; every token enters `state`."""
         normed = self.norm(h_TD)
+        if last_only and isinstance(self.mixer, Attention):
+            assert state is not None
+            assert not isinstance(state, Mamba2State)
+            return h_TD[-1:] + self.mixer.last(normed, segments, state)
         mixed = self.mixer(normed) if isinstance(self.mixer, MLP) else self.mixer(normed, segments, state)
-        return h_TD + mixed
-
-    def last(self, h_TD: Tensor, segments: Segments, state: LayerState) -> Tensor:
-        """(1, D): the last row of `forward`; every token enters `state`."""
-        if not isinstance(self.mixer, Attention):
-            return self.forward(h_TD, segments, state)[-1:]
-        assert state is not None
-        assert not isinstance(state, Mamba2State)
-        return h_TD[-1:] + self.mixer.last(self.norm(h_TD), segments, state)
+        return (h_TD + mixed)[-1:] if last_only else h_TD + mixed
 
     def step(self, h_BD: Tensor, state: LayerState, positions_B: Tensor) -> Tensor:
         """(B, D)"""

@@ -37,18 +37,16 @@ class Qwen2Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, h_TD: Tensor, segments: Segments, state: LayerState = None) -> Tensor:
-        """(T, D); updates `state`."""
+    def forward(self, h_TD: Tensor, segments: Segments, state: LayerState = None, *, last_only: bool = False) -> Tensor:
+        """(T, D), or with `last_only` its last row alone; every token enters `state`."""
         assert not isinstance(state, Mamba2State)
-        h_TD = h_TD + self.self_attn(self.input_layernorm(h_TD), segments, state)
+        normed = self.input_layernorm(h_TD)
+        if last_only:
+            assert state is not None
+            h_TD = h_TD[-1:] + self.self_attn.last(normed, segments, state)
+        else:
+            h_TD = h_TD + self.self_attn(normed, segments, state)
         return h_TD + self.mlp(self.post_attention_layernorm(h_TD))
-
-    def last(self, h_TD: Tensor, segments: Segments, state: LayerState) -> Tensor:
-        """(1, D): the last row of `forward`; every token enters `state`."""
-        assert state is not None
-        assert not isinstance(state, Mamba2State)
-        h_1D = h_TD[-1:] + self.self_attn.last(self.input_layernorm(h_TD), segments, state)
-        return h_1D + self.mlp(self.post_attention_layernorm(h_1D))
 
     def step(self, h_BD: Tensor, state: LayerState, positions_B: Tensor) -> Tensor:
         """(B, D)"""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,8 @@ def read_prompt(
     last: Any = model.backbone.block(model.config.text.num_hidden_layers - 1)
     handle = last.register_forward_hook(lambda _, __, hidden_TD: chunks.append(hidden_TD)) if all_logits else None
     try:
-        reading = Prefill(model, ids, kinds, lambda: iter_features(model.config, num_frames, device), cache, 0)
+        features = partial(iter_features, model.config, num_frames, device)
+        reading = Prefill(model, ids, kinds, features, cache, 0, all_tokens=all_logits)
         while (logits := reading.advance()) is None:
             pass
     finally:
