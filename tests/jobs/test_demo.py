@@ -37,6 +37,19 @@ def test_a_missing_film_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "nowhere.mp4" in capsys.readouterr().err
 
 
+def test_features_runs_and_weights_of_no_demo_are_not_deleted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "runs" / "first" / "report.json"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert main(["--folder", str(tmp_path), "--until", "corpus", "--quick"]) == 1
+    assert (
+        "runs holds files that were not generated, and could be deleted; name a new folder" in capsys.readouterr().err
+    )
+    assert own.exists()
+
+
 @pytest.mark.parametrize(
     ("answer", "expected", "right"),
     [

@@ -42,7 +42,8 @@ from timeviper_platform.common.job import (
     run_job,
 )
 from timeviper_platform.common.ray_cluster import free_port, local_cluster
-from timeviper_platform.data.synthetic.corpus import CorpusConfig, make_corpus
+from timeviper_platform.data.synthetic.corpus import FINISHED_FILE, CorpusConfig, make_corpus
+from timeviper_platform.data.synthetic.generated import is_generated, refuse_other_files
 from timeviper_platform.evaluation.scoring.spans import parse_span, temporal_iou
 
 DEFAULT_FOLDER = "outputs/demo"
@@ -64,6 +65,8 @@ QUICK = {
 }
 NUM_ASKED = {"choice": 4, "order": 2, "count": 2, "grounding": 4}
 """Questions over HTTP by task."""
+OUTPUTS = ("features", "runs", "weights")
+"""Folders that fit one corpus."""
 RIGHT_IOU = 0.5
 """Minimum intersection over union of a right interval."""
 
@@ -115,10 +118,13 @@ def run_demo(options: argparse.Namespace) -> JobResult:
     demo, steps = _plan(options)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # otherwise one line per request
     started = time.monotonic()
+    if not is_generated(Path(demo.path("corpus")), FINISHED_FILE):
+        for name in OUTPUTS:
+            refuse_other_files(Path(demo.path(name)), FINISHED_FILE)
     _announce("corpus", "videos, questions, tokenizer and encoder")
     corpus = make_corpus(load_config(CorpusConfig, demo.config("corpus"), demo.overrides("corpus")))
     if not corpus.reused:  # both jobs would refuse features and runs of another corpus
-        for name in ("features", "runs", "weights"):
+        for name in OUTPUTS:
             shutil.rmtree(demo.path(name), ignore_errors=True)
     if demo.film is not None:
         write_manifest_with_film(demo, demo.film)

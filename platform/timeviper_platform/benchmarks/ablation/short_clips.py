@@ -25,6 +25,7 @@ from timeviper_platform.data.store.commits import write_table
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.writer import write_store
 from timeviper_platform.data.synthetic.backgrounds import Split
+from timeviper_platform.data.synthetic.generated import mark_generated, refuse_other_files
 from timeviper_platform.data.synthetic.questions import conversations, question_row, sample_row, scene_questions
 from timeviper_platform.data.synthetic.scenes import Scene, draw_scenes
 
@@ -68,7 +69,7 @@ def make_short_clips(folder: Path, demo: Path, config: ShortClipsConfig) -> Shor
     """Generates the corpus, or reuses a finished one.
 
     Raises:
-        ValueError: if `demo` has no features, or not of every picture.
+        ValueError: if `demo` has no features, or not of every picture; if `folder` holds other files.
     """
     truth_file = demo / "corpus" / "truth.parquet"
     if not truth_file.is_file():
@@ -78,8 +79,9 @@ def make_short_clips(folder: Path, demo: Path, config: ShortClipsConfig) -> Shor
     finished = folder / FINISHED_FILE
     if finished.is_file() and json.loads(finished.read_text(encoding="utf-8")) == identity:
         return corpus
+    refuse_other_files(folder, FINISHED_FILE)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    mark_generated(folder, FINISHED_FILE)
     truth = pq.read_table(truth_file).to_pylist()
     counts: dict[Split, int] = {"train": config.num_train, "held_out": config.num_held_out}
     scenes = {split: list(_scenes(config, split, count)) for split, count in counts.items()}

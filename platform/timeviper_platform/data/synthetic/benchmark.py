@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from timeviper_platform.common import storage
+from timeviper_platform.data.synthetic.generated import mark_generated, refuse_other_files
 from timeviper_platform.data.synthetic.questions import Question, scene_questions
 from timeviper_platform.data.synthetic.render import scene_frames, write_video
 from timeviper_platform.data.synthetic.scenes import Scene, SceneKind, draw_scenes
@@ -74,7 +75,7 @@ def make_benchmark(config: SynthBenchmarkConfig) -> int:
     """Generates the benchmark, or reuses a finished one; returns the number of questions.
 
     Raises:
-        ValueError: if `output` is not a local path.
+        ValueError: if `output` is not a local path, or holds other files.
     """
     if not storage.is_local(config.output):
         raise ValueError(f"{config.output = } must be a local folder; copy the benchmark where it is needed")
@@ -84,6 +85,8 @@ def make_benchmark(config: SynthBenchmarkConfig) -> int:
     finished = root / FINISHED_FILE
     if finished.is_file() and (found := json.loads(finished.read_text(encoding="utf-8")))["identity"] == identity:
         return int(found["num_questions"])
+    refuse_other_files(root, FINISHED_FILE)
+    mark_generated(root, FINISHED_FILE)
     finished.unlink(missing_ok=True)
     shutil.rmtree(root / "videos", ignore_errors=True)
     (root / "videos").mkdir(parents=True)

@@ -28,6 +28,7 @@ from PIL import Image
 
 from timeviper_platform.common import schemas, storage
 from timeviper_platform.data.synthetic.backgrounds import Background, Split, film_segments, read_film
+from timeviper_platform.data.synthetic.generated import mark_generated, refuse_other_files
 from timeviper_platform.data.synthetic.long_films import long_film_samples
 from timeviper_platform.data.synthetic.pictures import ALL_PICTURES, Picture, draw_picture
 from timeviper_platform.data.synthetic.questions import (
@@ -167,7 +168,7 @@ def make_corpus(config: CorpusConfig) -> CorpusReport:
     """Generates the corpus, or reuses a finished one.
 
     Raises:
-        ValueError: if `output` is not a local path or `film` is not a readable video.
+        ValueError: if `output` is not a local path or holds other files, or `film` is not a readable video.
     """
     if not storage.is_local(config.output):
         raise ValueError(f"{config.output = } must be a local folder; copy the finished corpus to where it is needed")
@@ -179,6 +180,8 @@ def make_corpus(config: CorpusConfig) -> CorpusReport:
         if found["identity"] == identity:
             logger.info("corpus %s: finished, nothing to do", root)
             return CorpusReport(**{**found["report"], "reused": True})
+    refuse_other_files(root, FINISHED_FILE)
+    mark_generated(root, FINISHED_FILE)
     _clear(root)
     report = _make(config, root)
     storage.write_json(str(finished), {"identity": identity, "report": asdict(report)})

@@ -9,6 +9,7 @@ import torch
 from reference.toy_demo import make_toy_demo
 from timeviper_platform.benchmarks.ablation.short_clips import ShortClips, ShortClipsConfig, make_short_clips
 from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.synthetic.generated import mark_generated
 from timeviper_platform.data.synthetic.pictures import ALL_PICTURES
 
 CONFIG = ShortClipsConfig(num_train=12, num_held_out=6)
@@ -82,3 +83,12 @@ def test_a_folder_without_a_demo_and_a_missing_picture_are_named(tmp_path: Path)
     demo = make_toy_demo(tmp_path / "few", pictures=ALL_PICTURES[:1])
     with pytest.raises(ValueError, match=r"the demo.s train videos do not show a .*; run a whole demo"):
         make_short_clips(tmp_path / "clips", demo, CONFIG)
+
+
+def test_a_folder_of_other_files_is_not_cleared(demo: Path) -> None:
+    """The corpus of the demo itself, if its folder is that of the ablation too."""
+    mark_generated(demo / "corpus", "corpus.json")
+    before = sorted(demo.rglob("*"))
+    with pytest.raises(ValueError, match="corpus holds files that were not generated"):
+        make_short_clips(demo / "corpus", demo, CONFIG)
+    assert sorted(demo.rglob("*")) == before

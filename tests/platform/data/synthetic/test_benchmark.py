@@ -38,3 +38,12 @@ def test_wrong_sizes_are_refused(tmp_path: Path) -> None:
         SynthBenchmarkConfig(output=str(tmp_path), videos_per_kind=0)
     with pytest.raises(ValueError, match="must be a local folder"):
         make_benchmark(SynthBenchmarkConfig(output="s3://bucket/x"))
+
+
+def test_a_folder_of_other_videos_is_not_cleared(tmp_path: Path) -> None:
+    video = tmp_path / "videos" / "own.mp4"
+    video.parent.mkdir()
+    video.write_bytes(b"1")
+    with pytest.raises(ValueError, match="holds files that were not generated, and could be deleted"):
+        make_benchmark(SynthBenchmarkConfig(output=str(tmp_path), seconds=(20,), videos_per_kind=1, num_workers=1))
+    assert video.exists()

@@ -115,6 +115,15 @@ def test_a_finished_corpus_is_reused_and_an_unfinished_one_is_regenerated(corpus
     assert _digests(folder) == before  # the same seed gives the same bytes: videos, tables, tokenizer, encoder
 
 
+def test_a_folder_of_other_files_is_not_cleared(tmp_path: Path) -> None:
+    for name in ("videos", "samples"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own").touch()
+    with pytest.raises(ValueError, match="holds files that were not generated, and could be deleted"):
+        make_corpus(replace(SMALL, output=str(tmp_path)))
+    assert len(list(tmp_path.rglob("own"))) == 2
+
+
 def test_another_seed_gives_another_corpus(corpus: tuple[Path, CorpusReport], tmp_path: Path) -> None:
     folder, _ = corpus
     make_corpus(replace(SMALL, output=str(tmp_path / "other"), seed=1, num_workers=2))
