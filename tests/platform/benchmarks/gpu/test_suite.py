@@ -8,7 +8,9 @@ import runpy
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +39,7 @@ from timeviper_platform.benchmarks.model.models import narrow_config, video_ques
 from timeviper_platform.benchmarks.video.clips import ClipSpec, make_clip
 from timeviper_platform.common.devices import peak_flops
 from timeviper_platform.data.media.container import DecodeError
-from timeviper_platform.data.video.reader import read_frames
+from timeviper_platform.data.video.reader import Backend, open_video, read_frames
 
 ROOT = Path(__file__).parents[4]
 CPU = torch.device("cpu")
@@ -284,12 +286,24 @@ def test_each_frame_is_encoded_once_with_any_number_of_decoders(tmp_path: Path) 
         assert sorted(map(bytes, frames)) == sorted(map(bytes, expected))
 
 
-def test_stalls_name_the_slower_side(tmp_path: Path) -> None:
+def test_stalls_name_the_slower_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "film.mp4"
     make_clip(path, replace(TINY_CLIP, seconds=24))
     slow = film.encode_film(path, lambda frames: time.sleep(0.1), "pyav", 32, 2, 1)
     assert slow.decoder_stalls > 0.3
     assert slow.encoder_stalls < 0.3
+
+    def open_slowly(uri: str, image_size: int, *, backend: Backend) -> SimpleNamespace:
+        reader = open_video(uri, image_size, backend=backend)
+
+        def sample(times: Sequence[Fraction]) -> object:
+            time.sleep(0.1)
+            return reader.sample(times)
+
+        return SimpleNamespace(sample=sample, close=reader.close)
+
+    # decoding alone is so short that a late wake-up of the encoder's thread counts as its work
+    monkeypatch.setattr(film, "open_video", open_slowly)
     quick = film.encode_film(path, lambda frames: None, "pyav", 32, 2, 1)
     assert quick.encoder_stalls > 0.5
     assert quick.decoder_stalls < 0.3
