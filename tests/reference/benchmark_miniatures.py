@@ -125,7 +125,7 @@ def _mlvu(root: Path) -> None:
         ]
         if task == "sub_scene":
             rows[0] |= {"scoring_points": "a cat; on a roof", "question": "What does the cat do?"}
-        if task == "needle":  # as in the data set: equal candidates, and an answer that is no candidate
+        if task == "needle":  # as in the data set: equal candidates, and an answer that is not a candidate
             rows.append(rows[0] | {"candidates": ["a dog", "a cat", "a cat", "a fish"]})
             rows.append(rows[0] | {"answer": "a horse"})
         write_json(root / "MLVU" / "json" / f"{number}_{task}.json", rows)

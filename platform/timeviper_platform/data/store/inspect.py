@@ -105,5 +105,5 @@ def _read_reasons(uri: str) -> dict[str, dict[str, int]]:
     path = storage.join_uri(uri, REJECTS_FILE)
     if not storage.exists(path):
         return {}
-    with damage_named(path, "run jobs/preprocess.py again, which writes it anew"):
+    with damage_named(path, "run jobs/preprocess.py again, which rewrites it"):
         return count_reasons(pq.ParquetFile(pa.BufferReader(storage.read_bytes(path))).read())

@@ -27,7 +27,7 @@ DATA_FOLDER = "data"
 COMMITS_FOLDER = "commits"
 PLAN_FOLDER = "plan"
 
-PLAN_WAY_OUT = "run jobs/preprocess.py again, which writes the plan anew"
+PLAN_WAY_OUT = "run jobs/preprocess.py again, which rewrites the plan"
 INDEX_WAY_OUT = "remove it and run jobs/preprocess.py again, which writes it from the commit records"
 COMMIT_WAY_OUT = "remove it and run jobs/preprocess.py again, which repeats its segments"
 
