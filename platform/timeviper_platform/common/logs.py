@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -23,6 +24,18 @@ def log_event(logger: logging.Logger, level: int, event: str, **fields: Any) -> 
     """Logs names and values, as keys of the JSON line or as JSON in a text line."""
     values = {"event": event, **fields}
     logger.log(level, "%s", json.dumps(values), extra={"values": values})
+
+
+def shown_time(seconds: float) -> str:
+    """Returns the two largest units: `59 s`, `7 min`, `3 h 05 min` or `2 d 3 h`; `unknown time` for infinity."""
+    if not math.isfinite(seconds):
+        return "unknown time"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours < 24:
+        return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 class _TextLines(logging.Formatter):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pytest
 
-from timeviper_platform.common.logs import log_event, setup_logging
+from timeviper_platform.common.logs import log_event, setup_logging, shown_time
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +67,20 @@ def test_no_line_shows_a_password(as_json: bool, capsys: pytest.CaptureFixture[s
     assert "wilma" not in text
     for uri in ("sftp://nas/b", "webhdfs://node:9870/a", "ftp://[::1]:21/c at 10:20:30"):
         assert uri in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.4, "0 s"),
+        (59.0, "59 s"),
+        (60.0, "1 min"),
+        (3599.0, "1 h 00 min"),
+        (11_100.0, "3 h 05 min"),
+        (86399.0, "1 d 0 h"),
+        (270_000.0, "3 d 3 h"),
+        (math.inf, "unknown time"),
+    ],
+)
+def test_a_time_is_shown_in_its_two_largest_units(seconds: float, shown: str) -> None:
+    assert shown_time(seconds) == shown

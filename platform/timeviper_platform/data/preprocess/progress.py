@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from timeviper_platform.common.logs import shown_time
 from timeviper_platform.common.metrics import RayMetrics
 from timeviper_platform.common.storage import shown_uri
 from timeviper_platform.data.preprocess.report import RunTotals
@@ -79,7 +80,7 @@ class Progress:
         left = max(0, self.num_frames - self._frames) / rate if rate else math.inf
         reasons = ", ".join(f"{count} {kind}" for kind, count in sorted(self._reasons.items()))
         counts = self._segments.parts() + (f" ({reasons})" if reasons else "")
-        return f"{counts}; {rate:.1f} frames/s, {left:.0f} s left"
+        return f"{counts}; {rate:.1f} frames/s, {shown_time(left)} left"
 
 
 def report_plan(store: str, errors: Mapping[str, int]) -> None:

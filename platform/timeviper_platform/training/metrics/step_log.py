@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from timeviper_platform.common.devices import device_name, peak_flops, peak_memory_bytes
+from timeviper_platform.common.logs import shown_time
 from timeviper_platform.training.batches.step_batches import StepCounts
 from timeviper_platform.training.step import StepResult
 
@@ -51,15 +52,6 @@ def shown_rates(rates: dict[str, float]) -> str:
     if len(set(by_rule.values())) == 1:
         return f"{next(iter(by_rule.values())):.2e}"
     return ", ".join(f"{rule} {rate:.2e}" for rule, rate in by_rule.items())
-
-
-def shown_time(seconds: float) -> str:
-    """Returns `2 d 03:05` (days, hours and minutes), or seconds below a minute."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    days, hours = divmod(minutes // 60, 24)
-    return f"{f'{days} d ' if days else ''}{hours:02d}:{minutes % 60:02d}"
 
 
 def step_row(
