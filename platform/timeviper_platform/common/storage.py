@@ -476,7 +476,16 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def write_json(uri: str, value: Any) -> None:
-    write_bytes(uri, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
+    write_text(uri, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def write_report(uri: str, value: Any) -> None:
+    """As write_json, for people: URIs lose user and password."""
+    write_text(uri, without_passwords(json.dumps(value, indent=2, sort_keys=False) + "\n"))
+
+
+def write_text(uri: str, text: str) -> None:
+    write_bytes(uri, text.encode())
 
 
 def remove(uri: str) -> None:

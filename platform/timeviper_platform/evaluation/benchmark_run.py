@@ -215,7 +215,7 @@ def write_benchmark_report(config: EvaluateConfig, answers: Sequence[BenchmarkAn
         **score_answers(config.benchmark.name, answers, replies),
     }
     write_rows(answers_uri(config.output), answer_rows(config.benchmark.name, answers, replies), ANSWER_ROWS)
-    storage.write_json(config.output, report)
+    storage.write_report(config.output, report)
     page = html_report(
         report,
         answers,

@@ -279,7 +279,7 @@ def write_report(
     outcomes_uri = f"{config.output.removesuffix('.json')}.outcomes.parquet"
     storage.write_atomic(outcomes_uri, lambda file: pq.write_table(outcomes_table(ordered), file))
     report = summarise(ordered)
-    storage.write_json(config.output, report)
+    storage.write_report(config.output, report)
     return report
 
 

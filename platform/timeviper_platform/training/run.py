@@ -178,7 +178,7 @@ class _Run:
         phase.model.gradient_checkpointing = self._config.activation_checkpointing
         set_backend(phase.model, self._config.backend, device=self._device, dtype=self._dtype)
         rejects = [reject._asdict() for reject in phase.rejects]
-        from_rank_0(lambda: storage.write_json(self._folder.rejects(name), rejects))
+        from_rank_0(lambda: storage.write_report(self._folder.rejects(name), rejects))
         return phase
 
     def _model(self, name: str, checkpoint: OpenCheckpoint | None) -> TimeViper:
@@ -214,7 +214,7 @@ class _Run:
         if num_damaged := sum(row["num_damaged_samples"] for row in rows):
             counts["damaged_features"] = num_damaged
         report[name] = {**phase_report(rows), "rejects": counts}
-        storage.write_json(self._folder.report, report)
+        storage.write_report(self._folder.report, report)
         if self._config.metrics.curves:
             picture = draw_curves(all_rows, self._config.name)
             storage.write_bytes(storage.join_uri(self._folder.uri, CURVES_FILE), picture)

@@ -27,6 +27,11 @@ def test_json_round_trip_and_listing(tmp_path: Path) -> None:
     assert storage.files_in(f"{root}/missing") == []
 
 
+def test_a_report_has_no_passwords(tmp_path: Path) -> None:
+    storage.write_report(f"{tmp_path}/report.json", {"store": "sftp://wilma:secret@nas/b", "at": "10:20:30", "é": 1})
+    assert storage.read_json(f"{tmp_path}/report.json") == {"store": "sftp://nas/b", "at": "10:20:30", "é": 1}
+
+
 @pytest.mark.parametrize(
     "ask", [storage.exists, storage.is_folder, storage.files_in, storage.folders_in, storage.remove]
 )

@@ -203,7 +203,7 @@ def _finalize(
         **asdict(measure_speed(done, num_cores=Nodes.now().num_cpus, has_gpu=config.encoder.device != "cpu")),
         retries=storage.num_retries() - retries_before + done.retries_elsewhere,
     )
-    storage.write_json(storage.join_uri(config.feature_store, REPORT_FILE), report.to_json())
+    storage.write_report(storage.join_uri(config.feature_store, REPORT_FILE), report.to_json())
     if repeats.frames > max_repeated_share * totals.frames:
         logger.warning(
             "%d of %d stored frames repeat the one before: their media show less than sampling.fps = %g pictures per"

@@ -15,7 +15,7 @@ Draw = Callable[[FileFormat], bytes]
 
 def write_json(folder: str, name: str, value: Any) -> str:
     uri = storage.join_uri(folder, f"{name}.json")
-    storage.write_json(uri, value)
+    storage.write_report(uri, value)
     return uri
 
 

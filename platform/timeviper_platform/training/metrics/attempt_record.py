@@ -51,11 +51,12 @@ def describe_environment() -> dict[str, Any]:
 
 
 def write_attempt(run_uri: str, attempt: int, config: Any, environment: dict[str, Any]) -> None:
-    """Writes the record of an attempt; `config` is a configuration dataclass."""
+    """Writes the record of an attempt, without passwords; `config` is a configuration dataclass."""
     folder = storage.join_uri(run_uri, ATTEMPTS_FOLDER, f"attempt-{attempt:04d}")
     values = TypeAdapter(type(config)).dump_python(config, mode="json")
-    storage.write_bytes(storage.join_uri(folder, "config.yaml"), yaml.safe_dump(values, sort_keys=False).encode())
-    storage.write_json(storage.join_uri(folder, "environment.json"), environment)
+    text = storage.without_passwords(yaml.safe_dump(values, sort_keys=False))
+    storage.write_text(storage.join_uri(folder, "config.yaml"), text)
+    storage.write_report(storage.join_uri(folder, "environment.json"), environment)
 
 
 def _version(package: str) -> str | None:
