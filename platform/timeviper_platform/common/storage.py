@@ -385,14 +385,17 @@ def entries_in(uri: str) -> list[dict[str, Any]]:
     """
     filesystem, path = split_uri(uri)
 
-    def list_folder() -> list[dict[str, Any]]:
+    def list_now() -> list[dict[str, Any]]:
         filesystem.invalidate_cache()  # other processes write here
+        return list(filesystem.ls(path, detail=True))
+
+    def list_folder() -> list[dict[str, Any]]:
         try:
-            found = filesystem.ls(path, detail=True)
+            found = list_now()
         except (FileNotFoundError, NotADirectoryError):
-            if _exists(filesystem, path):
-                raise
-            return []
+            if not _exists(filesystem, path):
+                return []
+            found = list_now()  # made since
         return [item for item in found if item["name"].rstrip("/") != path.rstrip("/")]  # `ls` of a file is the file
 
     return retrying(list_folder, uri)

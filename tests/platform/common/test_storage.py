@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -231,6 +232,26 @@ def test_a_forbidden_path_reads_the_credentials_again_only_once(profile: tuple[F
         with pytest.raises(PermissionError, match=r"s3://bucket/secret: .*credentials that may use it"):
             storage.read_bytes("s3://bucket/secret")
     assert sum(path.endswith("/secret") for _, path, _ in faults.requests) == 4
+
+
+def test_a_folder_that_another_process_makes_while_it_is_listed_is_listed(
+    s3_bucket: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 has no folders: one appears with its first object."""
+    filesystem, _ = storage.split_uri("s3://bucket/metrics")
+    ls, num_calls = filesystem.ls, itertools.count()
+
+    def ls_before_a_write(*arguments: object, **options: object) -> object:
+        try:
+            return ls(*arguments, **options)
+        except FileNotFoundError:
+            if next(num_calls) == 0:
+                s3_bucket.pipe("bucket/metrics/a.jsonl", b"{}")
+            raise
+
+    monkeypatch.setattr(filesystem, "ls", ls_before_a_write)
+    assert storage.files_in("s3://bucket/metrics") == ["s3://bucket/metrics/a.jsonl"]
+    assert storage.files_in("s3://bucket/none") == []
 
 
 def test_a_remote_folder_that_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
