@@ -248,9 +248,9 @@ def test_serving_on_two_nodes_loses_no_question_beyond_a_retry_when_one_is_kille
         with ThreadPoolExecutor(4) as pool:
             try:
                 asking = [pool.submit(ask_until_over) for _ in range(4)]
-                time.sleep(5)
+                time.sleep(4)
                 nodes.kill_one()
-                time.sleep(20)
+                time.sleep(10)
             finally:
                 is_over.set()
             answers = [answer for asked in asking for answer in asked.result()]

@@ -85,7 +85,7 @@ def test_a_node_that_joins_is_used_and_one_that_is_lost_loses_nothing(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     ray.shutdown()
-    sizes = DriverSizes(num_units=600, segments_per_unit=1)
+    sizes = DriverSizes(num_units=300, segments_per_unit=1)
     killed = False
     processed: Counter[str] = Counter()
     with connect(), NodeLog():
