@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from timeviper_platform.common.metrics import METRICS
-
 RAY_PREFIX = "ray_"
 """Ray's exporter puts it before the names of all metrics."""
 DISCOVERY_FILE = "/tmp/ray/prom_metrics_service_discovery.json"
@@ -198,12 +196,6 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
         ),
     ),
 }
-
-
-def exported_names() -> set[str]:
-    """Returns the names in Prometheus of all metrics in METRICS."""
-    suffixes = {"counter": "_total", "gauge": "", "histogram": "_bucket"}
-    return {RAY_PREFIX + metric.name + suffixes[metric.kind] for metric in METRICS}
 
 
 def grafana_dashboard(name: str) -> dict[str, Any]:

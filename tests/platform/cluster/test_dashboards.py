@@ -13,7 +13,7 @@ import ray
 from timeviper_platform.cluster.dashboards import (
     DASHBOARDS,
     DISCOVERY_FILE,
-    exported_names,
+    RAY_PREFIX,
     grafana_dashboard,
     prometheus_config,
 )
@@ -55,7 +55,8 @@ def training_keys() -> set[str]:
 
 def test_every_exported_metric_is_shown_and_every_shown_one_exported() -> None:
     shown = {name for name in named("(?:ray_)?timeviper_") if not name.startswith("ray_timeviper_train_")}
-    assert shown == exported_names()
+    suffixes = {"counter": "_total", "gauge": "", "histogram": "_bucket"}
+    assert shown == {RAY_PREFIX + metric.name + suffixes[metric.kind] for metric in METRICS}
 
 
 def test_training_panels_show_the_keys_of_a_step() -> None:

@@ -156,8 +156,9 @@ def test_workers_get_both_towers_and_the_larger_image_size(
         return run_in_process(missing, spec, execution)
 
     monkeypatch.chdir(setup.folder)
-    encoder = setup.preprocess.encoder.with_names(lambda folder: Path(folder).name)
-    assert [tower.model for tower in encoder.towers] == ["first", "second"]
+    encoder = setup.preprocess.encoder
+    assert encoder.second is not None
+    encoder = replace(encoder, model="first", second=replace(encoder.second, model="second"))
     run_preprocess(replace(setup.preprocess, feature_store=str(tmp_path / "store"), encoder=encoder), run=run)
     (spec,) = specs
     assert spec.encoder == setup.preprocess.encoder  # with absolute folders

@@ -6,7 +6,7 @@ Results depend on the batch shape (1e-6 at width 1152 in fp32), so all batches h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,10 +61,6 @@ class VisionTowerConfig(TowerConfig):
     @property
     def towers(self) -> tuple[TowerConfig, ...]:
         return (self,) if self.second is None else (self, self.second)
-
-    def with_names(self, rename: Callable[[str], str]) -> VisionTowerConfig:
-        second = self.second and replace(self.second, model=rename(self.second.model))
-        return replace(self, model=rename(self.model), second=second)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
