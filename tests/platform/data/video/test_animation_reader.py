@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import resource
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from PIL import Image
 
 from reference.animation_files import CANVAS, Patch, composed, drawn_patches, write_apng, write_gif, write_webp
 from reference.painted_numbers import painted, read_number
+from timeviper_platform.benchmarks.measure import peak_resident_bytes, reset_peak, resident_bytes
 from timeviper_platform.data.media.animations import scan_animation
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits
 from timeviper_platform.data.media.probe import probe_media
@@ -176,10 +176,11 @@ def test_many_frames_take_the_memory_of_one() -> None:
     content[6:10] = screen
     frame = bytes(content[13 + 768 : -1])
     animation = bytes(content[: 13 + 768]) + frame * 300 + b";"  # 1.2 GB of canvases
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reset_peak()
+    before = resident_bytes()
     batch = AnimationReader(animation, CANVAS).sample([Fraction(29), Fraction(299, 10)])
     assert len(batch.frames) == 2
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+    assert peak_resident_bytes() - before < 64 << 20
 
 
 def test_limits_hold_for_the_canvas_and_for_each_frame() -> None:
