@@ -479,12 +479,16 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def write_json(uri: str, value: Any) -> None:
-    write_text(uri, json.dumps(value, indent=2, sort_keys=False) + "\n")
+    write_text(uri, _json_text(value))
 
 
 def write_report(uri: str, value: Any) -> None:
     """As write_json, for people: URIs lose user and password."""
-    write_text(uri, without_passwords(json.dumps(value, indent=2, sort_keys=False) + "\n"))
+    write_text(uri, without_passwords(_json_text(value)))
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
 
 
 def write_text(uri: str, text: str) -> None:

@@ -108,7 +108,7 @@ def test_the_suite_has_a_group_for_every_bar() -> None:
     }
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_a_group_starts_and_ends_a_ray_of_its_own() -> None:

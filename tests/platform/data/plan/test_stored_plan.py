@@ -131,7 +131,7 @@ def test_a_dry_run_counts_rows_that_need_no_probing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("num_rows", "max_bytes"),
     [
-        pytest.param(150_000, 800_000_000, marks=pytest.mark.slow),
+        pytest.param(150_000, 720_000_000, marks=pytest.mark.slow),
         pytest.param(1_000_000, 2_000_000_000, marks=[pytest.mark.exhaustive, pytest.mark.timeout(1800)]),
     ],
 )
