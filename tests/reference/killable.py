@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 
+from reference import fork_server
 from timeviper_platform.data.preprocess.config import PreprocessConfig
 from timeviper_platform.data.preprocess.run import run_in_process, run_preprocess
 
@@ -20,13 +20,8 @@ def run(config: PreprocessConfig, environment: Mapping[str, str]) -> None:
 
 
 def start(config: PreprocessConfig, environment: Mapping[str, str] | None = None) -> BaseProcess:
-    """Forks a run from a server that has imported everything, because imports take longer than the work.
-
-    The server keeps the environment of the first test that used it; `environment` holds this test's changes.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["reference.killable", "transformers.models.siglip.modeling_siglip"])
-    process = context.Process(target=run, args=(config, environment or {}))
+    """Forks a run. `environment`: changes of this test."""
+    process = fork_server.context().Process(target=run, args=(config, environment or {}))
     process.start()
     return process
 

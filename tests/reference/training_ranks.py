@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -15,7 +14,10 @@ from typing import Any
 
 import yaml
 
-from reference import counted_files  # noqa: F401 - registers counted://
+from reference import (
+    counted_files,  # noqa: F401 - registers counted://
+    fork_server,
+)
 from timeviper_model import timeviper
 from timeviper_model.config import PRESETS
 from timeviper_platform.common.ray_cluster import free_port
@@ -80,8 +82,6 @@ def start_ranks(
     """
     path, log = folder / f"{values['name']}.yaml", folder / f"{values['name']}.log"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["reference.training_ranks", "reference.imported_deepspeed"])
     port = free_port()
     processes: list[BaseProcess] = []
     for rank in range(world_size):
@@ -94,7 +94,7 @@ def start_ranks(
             "MASTER_PORT": str(port),
             **({} if homes is None else {"HOME": str(homes[rank])}),
         }
-        process = context.Process(target=_run, args=(str(path), str(log), variables, logit_rows))
+        process = fork_server.context().Process(target=_run, args=(str(path), str(log), variables, logit_rows))
         process.start()
         processes.append(process)
     return Ranks(processes, log)
