@@ -26,7 +26,8 @@ from timeviper_platform.training.metrics.writer import read_metrics
 
 ROOT = Path(__file__).parent.parent
 RAY = str(Path(sys.executable).parent / "ray")
-NUM_STEPS = 150
+NUM_STEPS = 80
+"""So many that a submission is stopped in time."""
 
 pytestmark = pytest.mark.cluster
 
@@ -46,7 +47,10 @@ def submit(environment: dict[str, str], *command: str, submission_id: str | None
 
 def run_submitted(environment: dict[str, str], *command: str, exit_code: int = 0) -> str:
     """Returns what a submitted job prints at the submitter."""
-    submitted = submit(environment, *command)
+    return output_of(submit(environment, *command), exit_code)
+
+
+def output_of(submitted: subprocess.Popen[str], exit_code: int = 0) -> str:
     try:
         printed, _ = submitted.communicate(timeout=300)
     finally:
@@ -115,7 +119,7 @@ def test_submitted_jobs_take_a_corpus_to_weights_scores_and_figures(
 
     asked = [f"weights={weights}", f"feature_store={features}", f"questions={corpus / 'held_out'}"]
     scores = tmp_path / "scores.json"
-    run_submitted(
+    evaluation = submit(
         ray_cluster,
         "jobs/evaluate.py",
         "--config=ray_configs/tiny/evaluate.yaml",
@@ -125,8 +129,7 @@ def test_submitted_jobs_take_a_corpus_to_weights_scores_and_figures(
         "max_questions=2",
         "workers.num_workers=1",
     )
-    assert "accuracy" in scores.read_text()
-    printed = run_submitted(
+    analysis = submit(
         ray_cluster,
         "jobs/analyze.py",
         "--config=ray_configs/tiny/analyze.yaml",
@@ -136,6 +139,9 @@ def test_submitted_jobs_take_a_corpus_to_weights_scores_and_figures(
         "max_questions=1",
         "maps.num_questions=1",
     )
+    output_of(evaluation)
+    assert "accuracy" in scores.read_text()
+    printed = output_of(analysis)
     assert re.search(r"^written\s+\S+/maps\.json$", printed, re.MULTILINE), printed
 
 

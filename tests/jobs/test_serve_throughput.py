@@ -19,7 +19,7 @@ from reference.tiny_serving import make_serving_folders, write_video
 from timeviper_platform.common.ray_cluster import free_port, local_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-THROUGHPUT = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+THROUGHPUT = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
