@@ -44,8 +44,8 @@ _LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs files with cluster tests first: they take longest, and under `-n` one process runs them all."""
-    items.sort(key=lambda item: not _has_ray(item.path))  # stable: the order inside a file stays
+    """Runs files with cluster tests first: they take longest, and under `-n` two processes run them all."""
+    items.sort(key=lambda item: _ORDER.index(_cluster(item.path)))  # stable: the order inside a file stays
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -55,28 +55,35 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 @pytest.hookimpl(optionalhook=True)  # pytest -p no:xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Under `-n`, keeps a file's tests in one process, and all files with cluster tests in one.
+    """Under `-n`, keeps a file's tests in one process: all files that share a Ray, and all with Rays of their own.
 
-    They share a Ray; with Rays of their own beside each other, two cores are too slow for Ray's timeouts.
+    More than one Ray beside the shared one are too slow for Ray's timeouts on two cores.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "cluster" if _has_ray(config.rootpath / file) else file
+            return _cluster(config.rootpath / file) or file
 
     return ByFile(config, log)
 
 
+_ORDER = ["own Rays", "shared Ray", None]
+
+
 @functools.cache
-def _has_ray(file: Path) -> bool:
-    return "pytest.mark.cluster" in file.read_text()
+def _cluster(file: Path) -> str | None:
+    """What its cluster tests use; None without such tests."""
+    text = file.read_text()
+    if "pytest.mark.cluster" not in text:
+        return None
+    return "shared Ray" if "ray_cluster:" in text or "ray_address:" in text else "own Rays"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Under `-n`, gives cluster tests the larger share of the cores: the process that runs them ends last."""
-    if "PYTEST_XDIST_WORKER" in os.environ and not _has_ray(item.path) and os.nice(0) < OTHER_TESTS_NICENESS:
+    """Under `-n`, gives cluster tests the larger share of the cores: the processes that run them end last."""
+    if "PYTEST_XDIST_WORKER" in os.environ and _cluster(item.path) is None and os.nice(0) < OTHER_TESTS_NICENESS:
         os.nice(OTHER_TESTS_NICENESS - os.nice(0))
 
 
