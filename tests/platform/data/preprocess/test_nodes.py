@@ -98,11 +98,14 @@ def test_a_node_that_joins_is_used_and_one_that_is_lost_loses_nothing(
             tasks.append(result.task)
             if not nodes:
                 nodes.append(start_node(environment, num_cpus=1))
-            if not killed and len(processed) == 2 and min(processed.values()) > 20:
+            if not killed and len(processed) == 2 and min(processed.values()) > 5:
                 os.killpg(nodes[0].pid, signal.SIGKILL)
                 killed = True
+        assert killed, "the second node was not used"
+        deadline = time.monotonic() + 60  # the first node may do the rest before Ray notices
+        while "lost node" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.1)
     assert sorted(tasks) == [task.name for task in sleep_tasks(sizes)]
-    assert len(processed) >= 2, "the second node was not used"
     assert "joined: 2 nodes" in caplog.text
     assert "lost node" in caplog.text
 
