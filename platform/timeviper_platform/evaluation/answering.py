@@ -56,7 +56,7 @@ class _ReadPrompt:
 class Answer:
     text: str
     option_log_probs: tuple[float, ...]
-    """Of each option as the whole answer, end token included."""
+    """Log probability of each option as the whole answer, end token included."""
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens whose state came from an earlier prompt about the same media."""

@@ -42,7 +42,7 @@ READ_THREADS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """Up to 64 consecutive sampled frames of one medium: a planned PLAN row."""
+    """One row of the plan: up to 64 consecutive sampled frames of one medium."""
 
     segment_id: str
     media_id: str

@@ -132,7 +132,7 @@ def _replies(
     pool = ThreadPoolExecutor(config.num_concurrent, thread_name_prefix="judge")
 
     def start(question_id: str, exam: Exam) -> None:
-        """Makes the first call without a reply, once for all exams that share it."""
+        """Makes the exam's first call that has no reply yet; exams that share it make it once."""
         call = exam.next_call(found)
         if call is None or call.call_hash in failed:
             return
