@@ -189,7 +189,7 @@ def test_the_page_and_the_list_of_videos_are_served_behind_ray(endpoint: Endpoin
 
 
 @pytest.mark.cluster
-def test_a_job_answers_as_chat_does_and_a_cancelled_one_ends_at_once(endpoint: Endpoint) -> None:
+def test_a_job_answers_as_chat_does_and_a_cancelled_one_ends_within_a_second(endpoint: Endpoint) -> None:
     texts = ["What?", "When is it?"]
     body = {"model": MODEL, "video": "feature://film", "questions": texts, "max_tokens": 12}
     status, job = post(endpoint, json.dumps(body).encode(), "/v1/jobs")
@@ -207,7 +207,7 @@ def test_a_job_answers_as_chat_does_and_a_cancelled_one_ends_at_once(endpoint: E
     began = time.monotonic()
     assert post(endpoint, b"{}", f"/v1/jobs/{job['id']}/cancel")[1]["status"] == "cancelled"
     wait_for_job(endpoint, job["id"], lambda job: job["finished_at"] is not None)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 1
     time.sleep(1)  # what was answered before is written
     ended = call(endpoint, f"/v1/jobs/{job['id']}")[1]
     assert (ended["status"], ended["progress"]["stage"]) == ("cancelled", "ended")

@@ -75,7 +75,7 @@ def test_a_job_takes_what_a_question_takes_and_refuses_the_rest_by_name(server: 
         check_error(post(server, response_format={"type": "json_schema"}), 400, "missing_required_parameter")
 
 
-def test_a_cancelled_job_ends_at_once_and_frees_its_slot(server: Server) -> None:
+def test_a_cancelled_job_ends_within_a_second_and_frees_its_slot(server: Server) -> None:
     server.engine.delay_s = 60.0
     with server.http:
         job = post(server).json()
@@ -83,7 +83,7 @@ def test_a_cancelled_job_ends_at_once_and_frees_its_slot(server: Server) -> None
         began = time.monotonic()
         assert server.http.post(f"/v1/jobs/{job['id']}/cancel").json()["status"] == "cancelled"
         while server.engine.closed == 0:
-            assert time.monotonic() < began + 20  # its answer takes 60 s
+            assert time.monotonic() < began + 1
             time.sleep(0.01)
         ended = wait(server, job["id"], lambda job: bool(job["progress"]["stage"] == "ended"))
         assert (ended["status"], ended["answers"]) == ("cancelled", [])

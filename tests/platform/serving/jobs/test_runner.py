@@ -102,7 +102,9 @@ def test_a_job_is_cancelled_by_a_process_that_does_not_run_it(tmp_path: Path) ->
         await until(lambda: store.state(job).status == "running")
         await other.cancel(job)
         assert store.state(job).status == "cancelled"
-        await until(lambda: bool(stopped))
+        async with asyncio.timeout(1):
+            while not stopped:
+                await asyncio.sleep(0.01)
         await until(lambda: not list(store.unfinished()))
         await owner.close()
         await other.close()
